@@ -62,6 +62,8 @@ def test_all_sets_and_models_are_measured() -> None:
     assert found.to_dict()["holdout"]["image_to_text_recall@1"] == 1
     assert found.to_dict()["forget"]["zero_shot_accuracy"] == 1
     assert found.original["retain"]["matched_cosine"] < 1
+    with pytest.raises(InputError, match=r"plot: there is nothing to draw"):
+        found.plot("nowhere")
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -149,6 +151,30 @@ def test_a_model_that_is_missing_is_named_before_another_one_is_measured(monkeyp
         ({"attacks": "swap"}, "attacks='swap': expected a list"),
         ({"attacks": ["swap"]}, "attacks: 'swap' needs the model before erasing. Pass it as orig"),
         ({"attacks": ["membership"]}, "attacks: 'membership' needs pairs .* Pass them as non_mem"),
+        ({"attacks": ["probe"]}, "'probe' needs two .* found 1 to forget and 2 unrelated"),
+        ({"attacks": ["relearn"]}, "'relearn' needs two .* found 1 to forget and 2 unrelated"),
+        ({"attacks": ["prompt"]}, "'prompt' needs two .* found 1 to forget and 2 unrelated"),
+        ({"attacks": ["quantise"]}, "'quantise' rounds the weights .* fake has none"),
+        (
+            {"attacks": ["membership"], "non_members": FORGET},
+            "'membership' needs two non-members or more",
+        ),
+        (
+            {"attacks": ["probe"], "retain": [(picture(2), "cat"), (picture(1), "cat")]},
+            "attacks: every caption of `retain` is also one to forget",
+        ),
+        ({"tasks": ["protypes"]}, r"unknown task 'protypes'. Did you mean prototypes\?"),
+        ({"tasks": ["zero_shot"]}, "'zero_shot' needs classes"),
+        (
+            {"tasks": ["linear_probe"]},
+            "'linear_probe' needs two classes with two different images or more, found 0",
+        ),
+        ({"tasks": ["image_retrieval"]}, "'image_retrieval' needs images with another one"),
+        ({"tasks": ["paraphrases"]}, "'paraphrases' measures the second and further captions"),
+        (
+            {"tasks": ["paraphrases"], "retain": FORGET},
+            "'paraphrases': every caption of `retain` is also one to forget",
+        ),
         ({"non_members": FORGET}, "non_members: none of the attacks uses them. Add 'membership'"),
         ({"sets": {"forget": FORGET}}, "sets: 'forget' is an argument of its own"),
         ({"sets": {"holdout": FORGET}}, "sets: 'holdout' is an argument of its own"),

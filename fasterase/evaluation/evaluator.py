@@ -14,10 +14,9 @@ from fasterase.errors import InputError
 from fasterase.evaluation.hurt import choose_things, encode_things
 from fasterase.evaluation.metrics import (
     IMAGE_TO_IMAGE,
-    METRICS,
     OLD_INDEX,
-    bootstrap_intervals,
-    wilson_interval,
+    metric_intervals,
+    metrics_among,
 )
 from fasterase.evaluation.scores import (
     CaptionPool,
@@ -28,6 +27,7 @@ from fasterase.evaluation.scores import (
     image_labels,
     retrieval_scores,
     search_images,
+    spread_values,
     text_to_image,
 )
 from fasterase.evaluation.verdict import Judge, Trace, summarise
@@ -39,7 +39,7 @@ from fasterase.evaluation.zero_shot import (
     label_pairs,
     score_accuracy,
 )
-from fasterase.option_values import parse_value
+from fasterase.option_values import parse_count
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
 
@@ -75,10 +75,7 @@ class Measurement:
 
     @property
     def recall(self) -> tuple[int, float] | None:
-        """Number of retain pairs, and the share of their images whose own caption comes first.
-
-        None without retain pairs.
-        """
+        """Number of retain pairs, and the share whose image finds its own caption first."""
         if "retain" not in self.sets:
             return None
         values = self.sets["retain"].values["image_to_text_recall@1"]
@@ -87,31 +84,19 @@ class Measurement:
     def averages(self) -> Scores:
         """Return set -> metric -> value."""
         return {
-            name: {each.key: each.average_of(scores.values[each.key]) for each in scores.metrics}
+            name: {
+                metric.key: metric.average_of(scores.values[metric.key])
+                for metric in metrics_among(scores.values)
+            }
             for name, scores in self.sets.items()
         }
 
     def intervals(self, *, resamples: int, seed: int) -> dict[str, dict[str, tuple[float, float]]]:
-        """Return set -> metric -> 95 % interval over pairs.
-
-        Wilson's for shares of pairs, which are no certainty where few pairs agree; bootstrapped for
-        the others.
-        """
-        medians = [each.key for each in METRICS if each.average == "median"]
-        found = {}
-        for name, scores in self.sets.items():
-            rates = {each.key: scores.values[each.key] for each in scores.metrics if each.is_rate}
-            others = {each.key: scores.values[each.key] for each in scores.metrics}
-            found[name] = bootstrap_intervals(
-                {key: values for key, values in others.items() if key not in rates},
-                medians=medians,
-                resamples=resamples,
-                seed=seed,
-            )
-            for key, values in rates.items():
-                counted = values[~np.isnan(values)]
-                found[name][key] = wilson_interval(float(counted.mean()), len(counted))
-        return found
+        """Return set -> metric -> 95 % interval over pairs; see `metric_intervals`."""
+        return {
+            name: metric_intervals(scores.values, resamples=resamples, seed=seed)
+            for name, scores in self.sets.items()
+        }
 
 
 class Evaluator:
@@ -150,23 +135,19 @@ class Evaluator:
         quick: bool = False,
         towers: Collection[str] = ("image", "text"),
     ) -> None:
-        max_pairs = parse_value("max_pairs", max_pairs, int | None)
-        if max_pairs is not None and max_pairs < 1:
-            raise InputError(f"max_pairs={max_pairs!r} must be 1 or more, or None for all pairs.")
-        if parse_value("seed", seed, int) < 0:
-            raise InputError(f"seed={seed!r} must be 0 or more.")
+        if max_pairs is not None:
+            max_pairs = parse_count("max_pairs", max_pairs, least=1)
         if quick:
             max_pairs = min(max_pairs or QUICK_PAIRS, QUICK_PAIRS)
         self.forget_sets = ("forget", *(name for name in sources if name in forget_sets))
         names = dict.fromkeys((*self.forget_sets, *sources))
         self.sources = {name: sources[name] for name in names if len(sources[name])}
         self.max_pairs = max_pairs
-        self.seed = seed
+        self.seed = seed = parse_count("seed", seed, least=0)
         self.templates = check_templates(templates)
-        self.class_names = check_class_names(class_names)
-        self._classes_asked_for = self.class_names is not None
-        if self.class_names is None:
-            self.class_names = carried_classes(sources)
+        asked_for = check_class_names(class_names)
+        self.class_names = carried_classes(sources) if asked_for is None else asked_for
+        self._classes_asked_for = asked_for is not None
         self.resamples = QUICK_RESAMPLES if quick else FULL_RESAMPLES
         self._preferred = dict(preferred or {})
         # Of the whole forget set, sampled or not: other sets may have its captions too.
@@ -219,27 +200,30 @@ class Evaluator:
         for name, found in sets.items():
             check_finite(found.image, found.ids, model)
             scores[name] = retrieval_scores(found, pool, concept, _distractors(sets, name))
-        labels = label_pairs(self.class_names or [], self.sources, features)
-        classes = self._add_accuracy(encoder, features, scores, labels)
+        labels = label_pairs(self.class_names, self.sources, features)
+        self._add_accuracy(encoder, features, scores, labels)
         shown = image_labels({name: features[name] for name in self.sources}, labels)
-        for name, (counted, nearest, by_chance) in search_images(features, shown).items():
-            values = np.full(len(counted), np.nan)
-            values[counted] = nearest.hit(1)
-            scores[name].add(IMAGE_TO_IMAGE, values, float(by_chance.hit(1).mean()))
+        for name, (counted, position) in search_images(features, shown).items():
+            values, chance = position.at(1)
+            scores[name].add(IMAGE_TO_IMAGE, spread_values(values, counted), chance)
         traces = self.judge.judge(features, None if original is None else original.judged)
         for name, trace in traces.items():
-            for key, (values, chance) in trace.metrics_at(features[name].rows).items():
-                scores[name].add(key, values, chance)
+            scores[name].values.update(trace.spread(features[name].rows))
+            scores[name].chance.update(trace.chance)
         things = encode_things(encoder, self.things) if with_things else None
         judged, traced = self.judge.judged(features), summarise(traces)
+        classes = {
+            name: [self.class_names[place] if place >= 0 else None for place in those.tolist()]
+            for name, those in labels.items()
+        }
         measured = Measurement(model, scores, judged, traced, len(pool.row), sets, classes, things)
         if original is not None:
             measured.check_same_pairs(original, "original")
             old = original.features  # of the same pairs
             if pool.text.shape[1] == old["forget"].image.shape[1]:
                 for name, each in old.items():
-                    hits, by_chance = text_to_image(each, pool, _distractors(old, name))
-                    scores[name].add(OLD_INDEX, hits.hit(1), float(by_chance.hit(1).mean()))
+                    position = text_to_image(each, pool, _distractors(old, name))
+                    scores[name].add(OLD_INDEX, *position.at(1))
         return measured
 
     def _add_accuracy(
@@ -248,28 +232,20 @@ class Evaluator:
         features: Mapping[str, PairFeatures],
         scores: Mapping[str, SetScores],
         labels: Mapping[str, np.ndarray],
-    ) -> dict[str, list[str | None]]:
-        """Add the zero-shot accuracy of the sets of which some pair has a known class.
-
-        Return set -> the class of each of its pairs, of which `labels` gives the number.
-        """
-        names = self.class_names or []
-        known = {name: those for name, those in labels.items() if (those >= 0).any()}
-        if known:
+    ) -> None:
+        """Add the zero-shot accuracy of the sets that `labels` has, those with known classes."""
+        names = self.class_names
+        if labels:
             classes = encode_classes(encoder.texts, names, self.templates)
         elif self._classes_asked_for:
             raise InputError(
-                f"class_names: no pair of {', '.join(labels)} belongs to one of "
+                f"class_names: no pair of {', '.join(self.sources)} belongs to one of "
                 f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. "
                 "A pair's class is its folder or the one class that its caption names."
             )
-        for name, those in known.items():
+        for name, those in labels.items():
             values = score_accuracy(features[name].image, classes, those)
             scores[name].add("zero_shot_accuracy", values, 1 / len(names))
-        return {
-            name: [names[place] if place >= 0 else None for place in those.tolist()]
-            for name, those in known.items()
-        }
 
 
 def sampled_rows(
@@ -277,9 +253,8 @@ def sampled_rows(
 ) -> np.ndarray:
     """Return ascending rows of a set of `length`, at most `max_pairs`; None takes all.
 
-    Every set of one length gets the same rows, so that sets which list the same concepts in the
-    same order stay comparable. `preferred` rows make up half of a draw, or as much of it as there
-    are.
+    Sets of one length get the same rows: those that list the same concepts in the same order stay
+    comparable. `preferred` rows make up half of a draw, or as much of it as there are.
     """
     if max_pairs is None or length <= max_pairs:
         return np.arange(length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError, import_extra
@@ -29,65 +29,52 @@ from fasterase.option_values import parse_names
 from fasterase.pairs.table import PairTable
 from fasterase.progress import say
 
-
-class Examination(NamedTuple):
-    """How a task or an attack is run, and what it needs."""
-
-    run: Callable[[Target], Examined]
-    needs: str | None = None  # key of `NEEDS`
-    needs_module: str | None = None  # of the extra `eval`
-
-
-NEEDS = {
-    "original": "the model before erasing. Pass it as original",
-    "non_members": "pairs of the same source that no model was trained on. "
-    "Pass them as non_members",
+TASKS: dict[str, Callable[[Target], Examined]] = {
+    "zero_shot": task.zero_shot,
+    "retrieval": task.retrieval,
+    "image_retrieval": task.image_retrieval,
+    "linear_probe": task.linear_probe,
+    "prototypes": task.prototypes,
+    "paraphrases": task.paraphrases,
 }
-TASKS: dict[str, Examination] = {
-    "zero_shot": Examination(task.zero_shot),
-    "retrieval": Examination(task.retrieval),
-    "image_retrieval": Examination(task.image_retrieval),
-    "linear_probe": Examination(task.linear_probe, needs_module="sklearn"),
-    "prototypes": Examination(task.prototypes),
-    "paraphrases": Examination(task.paraphrases),
+ATTACKS: dict[str, Callable[[Target], Examined]] = {
+    "swap": swap,
+    "probe": probe,
+    "quantise": quantise,
+    "relearn": relearn,
+    "prompt": prompt,
+    "membership": membership,
 }
-ATTACKS: dict[str, Examination] = {
-    "swap": Examination(swap, "original"),
-    "probe": Examination(probe, needs_module="sklearn"),
-    "quantise": Examination(quantise),
-    "relearn": Examination(relearn),
-    "prompt": Examination(prompt),
-    "membership": Examination(membership, "non_members", "sklearn"),
+NEED_SKLEARN = ("linear_probe", "probe")
+NEEDS = {  # attack -> what it is given besides the pairs
+    "swap": ("original", "the model before erasing. Pass it"),
+    "membership": (
+        "non_members",
+        "pairs of the same source that no model was trained on. Pass them",
+    ),
 }
 
 
 def check_tasks(names: Sequence[str]) -> list[str]:
-    """Return the distinct names of tasks, in order.
-
-    Raises:
-        InputError: a name is unknown.
-        MissingExtraError: a task needs a package that is not installed.
-    """
+    """Return the distinct names of tasks, in order; raises as `check_attacks`."""
     return _parse_names("tasks", names, TASKS)
 
 
 def check_attacks(names: Sequence[str], *, original: bool, non_members: bool) -> list[str]:
     """Return the distinct names of attacks, in order.
 
-    `original` and `non_members` say whether these are among what the attacks are given.
-
-    Raises:
-        InputError: a name is unknown, what an attack needs is missing, or no attack needs what was
-            given for one.
-        MissingExtraError: an attack needs a package that is not installed.
+    `original` and `non_members` say whether these are given. Raises `InputError` for an unknown
+    name, for what an attack lacks and for what none needs; `MissingExtraError` for a package.
     """
     chosen = _parse_names("attacks", names, ATTACKS)
     given = {"original": original, "non_members": non_members}
     for name in chosen:
-        needed = ATTACKS[name].needs
-        if needed is not None and not given[needed]:
-            raise InputError(f"attacks: {name!r} needs {NEEDS[needed]}=, or leave {name!r} out.")
-    if non_members and not any(ATTACKS[name].needs == "non_members" for name in chosen):
+        argument, meaning = NEEDS.get(name, ("", ""))
+        if argument and not given[argument]:
+            raise InputError(
+                f"attacks: {name!r} needs {meaning} as {argument}=, or leave {name!r} out."
+            )
+    if non_members and "membership" not in chosen:
         raise InputError(
             "non_members: none of the attacks uses them. Add 'membership' to attacks=, or leave "
             "non_members out."
@@ -95,14 +82,11 @@ def check_attacks(names: Sequence[str], *, original: bool, non_members: bool) ->
     return chosen
 
 
-def _parse_names(
-    argument: str, names: Sequence[str], known: Mapping[str, Examination]
-) -> list[str]:
+def _parse_names(argument: str, names: Sequence[str], known: Mapping[str, object]) -> list[str]:
     chosen = parse_names(argument, names, known)
     for name in chosen:
-        module = known[name].needs_module
-        if module is not None:  # now, not after minutes of measuring
-            import_extra(module, "eval", f"{argument}: {name!r}")
+        if name in NEED_SKLEARN:  # now, not after minutes of measuring
+            import_extra("sklearn", "eval", f"{argument}: {name!r}")
     return chosen
 
 
@@ -140,9 +124,7 @@ class Examiner:
     def examine(
         self, name: str, encoder: PairEncoder, features: Mapping[str, PairFeatures]
     ) -> None:
-        """Run all tasks and attacks on one model, which is left as it is.
-
-        `features` are those of the evaluator's pairs; see `Target` for the rest.
+        """Run all tasks and attacks on one model, which is left as it is; see `Target`.
 
         Raises:
             InputError: one of them cannot be run on the model.
@@ -158,36 +140,29 @@ class Examiner:
             self._original = features
         target = Target(name, encoder, features, self._original, evaluator)
         for key, found in self._found.items():
-            start, began = time.perf_counter(), time.monotonic()
+            began = time.monotonic()
             try:
-                findings, series = (TASKS | ATTACKS)[key].run(target)
+                findings, series = (TASKS | ATTACKS)[key](target)
             except UnsuitableModelError:
                 if name == "model":
                     raise
-                findings, series = [], ()
-            seconds = time.perf_counter() - start
+                continue
             if findings:
-                first = findings[0]
-                text = f"{key} of {name}: {first.title} {first.format(first.value)}"
-                say(text, since=began)
+                first, seconds = findings[0], time.monotonic() - began
+                say(f"{key} of {name}: {first.title} {first.format(first.value)}", since=began)
                 findings.append(Finding("seconds", "cost", "seconds", "seconds", "", seconds))
             found[name] = Examined(findings, [replace(each, model=name) for each in series])
 
     def results(self) -> dict[str, Any]:
-        """Return the fields `tasks`, `attacks` and `series` of an evaluation.
-
-        The model's findings stand beside those of all others, and its series before theirs.
-        """
-        series = {}
+        """Return the fields `tasks`, `attacks` and `series` of an evaluation, the model's first."""
+        fields: dict[str, Any] = {"tasks": {}, "attacks": {}, "series": {}}
         for key, found in self._found.items():
+            fields["tasks" if key in TASKS else "attacks"][key] = _side_by_side(found)
             models = sorted(found, key=lambda name: name != "model")
-            series[key] = [each for name in models for each in found[name].series]
-        compared = {name: _side_by_side(found) for name, found in self._found.items()}
-        return {
-            "tasks": {name: those for name, those in compared.items() if name in TASKS},
-            "attacks": {name: those for name, those in compared.items() if name in ATTACKS},
-            "series": {name: those for name, those in series.items() if those},
-        }
+            series = [each for name in models for each in found[name].series]
+            if series:
+                fields["series"][key] = series
+        return fields
 
 
 def _side_by_side(found: Mapping[str, Examined]) -> Findings:

@@ -12,9 +12,15 @@ import torch
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value, wilson_interval
-from fasterase.evaluation.scores import Position, distinct_firsts, find_position, first_copies
-from fasterase.evaluation.verdict import PairTraces
+from fasterase.evaluation.metrics import (
+    bootstrap_intervals,
+    format_value,
+    metric_intervals,
+    metrics_among,
+    wilson_of,
+)
+from fasterase.evaluation.scores import distinct_firsts, find_position, first_copies
+from fasterase.evaluation.verdict import PairTraces, features_at
 
 NON_MEMBERS = ""  # no set has this name
 CELL = 12  # characters of a text in a table
@@ -120,7 +126,7 @@ class Target:
 
     def judged(self) -> dict[str, PairFeatures]:
         """Return set -> features of the pairs that the verdict compares; `"retain"`: unrelated."""
-        return {name: self.features[name].at(r) for name, r in self.evaluator.judge.rows.items()}
+        return features_at(self.features, self.evaluator.judge.rows)
 
     def two_of_each(self, attack: str) -> dict[str, PairFeatures]:
         """Return `judged`; `InputError` for fewer than two images to forget or unrelated ones."""
@@ -146,31 +152,43 @@ class Target:
             for name, those in rows.items()
         }
 
-    def resampled(
-        self, values: np.ndarray, key: str, group: str, title: str, wanted: str, chance: float
+    def share(
+        self,
+        values: np.ndarray,  # [n] shares, or 0 and 1; NaN for pairs that do not count
+        key: str,
+        group: str,
+        title: str,
+        wanted: str,
+        chance: float,
+        *,
+        are_trials: bool = False,
     ) -> Finding:
-        """Return `share_finding` of shares [n], NaN for pairs that do not count: bootstrap."""
-        resamples, seed = self.evaluator.resamples, self.evaluator.seed
-        found = bootstrap_intervals({key: values}, resamples=resamples, seed=seed)
-        return share_finding(values, key, group, title, wanted, chance, found[key])
+        """Return the mean of n shares: its interval is bootstrapped, or Wilson's of n trials."""
+        if are_trials:
+            ends = wilson_of(values)
+        else:
+            resamples, seed = self.evaluator.resamples, self.evaluator.seed
+            (ends,) = bootstrap_intervals({key: values}, resamples=resamples, seed=seed).values()
+        return Finding(key, group, title, "share", wanted, float(np.nanmean(values)), *ends, chance)
 
     def of_set(
         self, name: str, values: np.ndarray, *, key: str, title: str, chance: float, aim: str = ""
     ) -> Finding:
         """Return the mean over a set's pairs: to fall on sets to forget, with `aim` to chance."""
         wanted = f"↓{aim}" if name in self.evaluator.forget_sets else "↑"
-        return self.resampled(values, f"{name}/{key}", name, title, wanted, chance)
+        return self.share(values, f"{name}/{key}", name, title, wanted, chance)
 
     def hits(
-        self, name: str, found: Position, chances: Mapping[int, float], *, key: str, title: str
+        self, name: str, found: Mapping[int, tuple[np.ndarray, float]], *, key: str, title: str
     ) -> list[Finding]:
-        """Return how often the first k candidates of queries [n] hold a right one, for several k.
+        """Return how often the first k candidates hold a right one, for several k.
 
-        `chances` maps k to the chance level; `title` has `{}` for k, and `key` gets `"@k"`.
+        `found` maps k to the hits of queries [n] and the chance level (`Position.at`); `title` has
+        `{}` for k, and `key` gets `"@k"`.
         """
         return [
-            self.of_set(name, found.hit(k), key=f"{key}@{k}", title=title.format(k), chance=chance)
-            for k, chance in chances.items()
+            self.of_set(name, values, key=f"{key}@{k}", title=title.format(k), chance=chance)
+            for k, (values, chance) in found.items()
         ]
 
     def separation(
@@ -190,46 +208,37 @@ class Target:
         found = (below >= 1 - FALSE_POSITIVES).astype(float)
         title = f"{prefix}found at 5 % FPR, %"
         return [
-            self.resampled(below, f"{key}/auc", group, f"{prefix}AUC, %", "↓", 0.5),
-            share_finding(found, f"{key}/found", group, title, "↓", chance),
+            self.share(below, f"{key}/auc", group, f"{prefix}AUC, %", "↓", 0.5),
+            self.share(found, f"{key}/found", group, title, "↓", chance, are_trials=True),
         ]
 
     def traces(self, traces: Mapping[str, PairTraces], *, key: str, group: str) -> list[Finding]:
-        """Return residues (bootstrap intervals) and hits (Wilson intervals) of each set to forget.
+        """Return the metrics of each set to forget, as an evaluation has them.
 
         `key` and `group` stand beside the set's name in each finding's key and heading.
         """
         findings = []
         for name, found in traces.items():
-            metrics = found.metrics()
-            for metric in (each for each in METRICS if each.key in metrics):
-                values, chance = metrics[metric.key]
-                make = share_finding if metric.is_rate else self.resampled
-                place, heading = f"{name}/{key}/{metric.key}", f"{name}, {group}"
-                findings.append(make(values, place, heading, metric.title, metric.forget, chance))
+            resamples, seed = self.evaluator.resamples, self.evaluator.seed
+            ends = metric_intervals(found.values, resamples=resamples, seed=seed)
+            for metric in metrics_among(ends):
+                text = f"{name}/{key}/{metric.key}", f"{name}, {group}", metric.title
+                value = metric.average_of(found.values[metric.key])
+                figures = value, *ends[metric.key], found.chance[metric.key]
+                findings.append(Finding(*text, metric.unit, metric.forget, *figures))
         return findings
 
-
-def share_finding(
-    values: np.ndarray,  # [n] 0 or 1, or shares where ties are counted as chance would break them
-    key: str,
-    group: str,
-    title: str,
-    wanted: str,
-    chance: float,
-    interval: tuple[float, float] | None = None,
-) -> Finding:
-    """Return a share of n trials; its interval is Wilson's unless another one is given."""
-    share = float(np.nanmean(values))
-    low, high = interval or wilson_interval(share, len(values))
-    return Finding(key, group, title, "share", wanted, share, low, high, chance)
-
-
-def recall_finding(
-    pairs: PairFeatures, *, key: str, group: str, title: str = "retain image->text R@1, %"
-) -> Finding:
-    """Return image->text recall@1 of pairs that should be kept, among their own captions."""
-    distinct, own = distinct_firsts(pairs)
-    right = torch.nn.functional.one_hot(torch.tensor(own), len(distinct)).bool()
-    hit = find_position(pairs.image @ pairs.text[distinct].T, right).hit(1)
-    return share_finding(hit, f"{key}/recall@1", group, title, "↑", 1 / len(distinct))
+    def recall(
+        self,
+        pairs: PairFeatures,
+        *,
+        key: str,
+        group: str,
+        title: str = "retain image->text R@1, %",
+    ) -> Finding:
+        """Return image->text recall@1 of pairs that should be kept, among their own captions."""
+        distinct, own = distinct_firsts(pairs)
+        right = torch.nn.functional.one_hot(torch.tensor(own), len(distinct)).bool()
+        hit = find_position(pairs.image @ pairs.text[distinct].T, right).hit(1)
+        chance = 1 / len(distinct)
+        return self.share(hit, f"{key}/recall@1", group, title, "↑", chance, are_trials=True)

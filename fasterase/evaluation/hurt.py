@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fasterase.encode import PairEncoder
+from fasterase.evaluation.metrics import CONTEST_HIT
 from fasterase.evaluation.scores import SetScores, check_finite
 from fasterase.numerals import counted
 from fasterase.progress import printable
@@ -74,7 +75,7 @@ def find_remaining(
     hits: dict[str, dict[str, float]] = defaultdict(dict)
     for set_name, of_pairs in captions.items():
         scores = sets[set_name]
-        values = scores.values.get("contest_hit@1", np.full(len(of_pairs), np.nan))
+        values = scores.values.get(CONTEST_HIT, np.full(len(of_pairs), np.nan))
         for caption, id, hit in zip(of_pairs, scores.ids, values.tolist(), strict=True):
             if not np.isnan(hit):
                 hits[caption][id] = hit

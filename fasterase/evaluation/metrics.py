@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+DIRECTIONS = {"image_to_text": "image->text", "text_to_image": "text->image"}  # keys, titles
 RECALL_DEPTHS = (1, 5, 10)
 CONCEPT_DEPTHS = (1, 5)
 # Recall of the model's captions among the original's image features: of an image index that was
@@ -16,13 +17,15 @@ CONCEPT_DEPTHS = (1, 5)
 OLD_INDEX = "text_to_original_image_recall@1"
 # Recall of images among images of the same thing: what the image tower alone keeps together.
 IMAGE_TO_IMAGE = "image_to_image_recall@1"
+RESIDUES = tuple(f"{direction}_residue" for direction in DIRECTIONS)
 # Share of images that a tower wins beside the original's other one.
 TOWER_HITS = {"image": "image_tower_hit@1", "text": "text_tower_hit@1"}
 # Places of the verdict's contest that are reported beside the first: means hide pairs close to it.
 NEAR = 5
+CONTEST_HIT, CONTEST_NEAR = "contest_hit@1", f"contest_hit@{NEAR}"
 # Elements of one chunk of resampling counts: 32 MB as fp64.
 RESAMPLE_ELEMENTS = 4_000_000
-WILSON_Z = 1.959964  # 95 %
+LEVEL, WILSON_Z = 0.95, 1.959964  # of all intervals
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,6 @@ class Metric:
     key: str  # name in dictionaries and JSON
     title: str  # name in tables
     unit: Literal["share", "rank", "cosine"]  # 0 to 1, printed in percent; 1 is best; -1 to 1
-    average: Literal["mean", "median"]  # how per-pair values become the set's value
     # Wanted directions on sets to forget, and on all others if the metric exists there. Values
     # beyond chance are a trace too, so ranks and cosines aim at the chance level and not past it.
     forget: str
@@ -44,8 +46,8 @@ class Metric:
         return self.unit == "share" and not self.key.endswith("_residue")
 
     def average_of(self, values: np.ndarray) -> float:
-        """Return the set's value from per-pair `values` [n]; NaN marks pairs that do not count."""
-        return float(np.nanmean(values) if self.average == "mean" else np.nanmedian(values))
+        """Return the mean of per-pair `values` [n], the median of ranks; NaN does not count."""
+        return float(np.nanmedian(values) if self.unit == "rank" else np.nanmean(values))
 
 
 def format_value(unit: str, value: float) -> str:
@@ -57,32 +59,50 @@ def format_value(unit: str, value: float) -> str:
     return f"{value:.0f}" if unit == "rank" and value >= 1000 else f"{value:.1f}"
 
 
-def _share(key: str, title: str, keep: str = "↑") -> Metric:
-    return Metric(key, f"{title}, %", "share", "mean", "↓", keep)
+def _share(key: str, title: str, *, forget: str = "↓", keep: str = "↑") -> Metric:
+    return Metric(key, f"{title}, %", "share", forget, keep)
 
 
 METRICS: tuple[Metric, ...] = (
     _share("zero_shot_accuracy", "zero-shot accuracy"),
-    *(_share(f"image_to_text_recall@{k}", f"image->text R@{k}") for k in RECALL_DEPTHS),
-    *(_share(f"text_to_image_recall@{k}", f"text->image R@{k}") for k in RECALL_DEPTHS),
+    *(
+        _share(f"{direction}_recall@{k}", f"{title} R@{k}")
+        for direction, title in DIRECTIONS.items()
+        for k in RECALL_DEPTHS
+    ),
     _share(OLD_INDEX, "text->old image R@1"),
     _share(IMAGE_TO_IMAGE, "image->image R@1"),
     *(_share(f"concept_hit@{k}", f"concept hit@{k}", keep="↓") for k in CONCEPT_DEPTHS),
-    Metric("median_rank", "median caption rank", "rank", "median", "↑ chance", "↓"),
-    Metric("matched_cosine", "mean matched cosine", "cosine", "mean", "↓ chance", "↑"),
+    Metric("median_rank", "median caption rank", "rank", "↑ chance", "↓"),
+    Metric("matched_cosine", "mean matched cosine", "cosine", "↓ chance", "↑"),
     *(
-        Metric(f"{key}_residue", f"{title} residue, %", "share", "mean", "↓ chance", "")
-        for key, title in (("image_to_text", "image->text"), ("text_to_image", "text->image"))
+        _share(key, f"{title} residue", forget="↓ chance", keep="")
+        for key, title in zip(RESIDUES, DIRECTIONS.values(), strict=True)
     ),
-    *(
-        Metric(f"contest_hit@{k}", f"hit@{k} in the verdict, %", "share", "mean", "↓", "")
-        for k in (1, NEAR)
-    ),
-    *(
-        Metric(key, f"hit@1, its {tower} tower alone, %", "share", "mean", "↓", "")
-        for tower, key in TOWER_HITS.items()
-    ),
+    *(_share(f"contest_hit@{k}", f"hit@{k} in the verdict", keep="") for k in (1, NEAR)),
+    *(_share(key, f"hit@1, its {tower} tower alone", keep="") for tower, key in TOWER_HITS.items()),
 )
+
+
+def metrics_among(keys: Container[str]) -> list[Metric]:
+    """Return the metrics with these keys, in the order of tables."""
+    return [metric for metric in METRICS if metric.key in keys]
+
+
+def metric_intervals(
+    values: Mapping[str, np.ndarray], *, resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Return metric -> 95 % interval of its average over pairs, from values [n] of each pair.
+
+    Wilson's for shares of pairs, which are no certainty where few pairs agree; bootstrapped for
+    the others.
+    """
+    metrics = metrics_among(values)
+    rates = {each.key: wilson_of(values[each.key]) for each in metrics if each.is_rate}
+    medians = [each.key for each in metrics if each.unit == "rank"]
+    others = {key: those for key, those in values.items() if key not in rates}
+    found = bootstrap_intervals(others, medians=medians, resamples=resamples, seed=seed)
+    return rates | found
 
 
 def bootstrap_intervals(
@@ -90,18 +110,13 @@ def bootstrap_intervals(
     *,
     resamples: int,
     seed: int,
-    medians: Collection[str] = (),
-    level: float = 0.95,
+    medians: Container[str] = (),
 ) -> dict[str, tuple[float, float]]:
-    """Return name -> percentile interval of the mean of per-pair values [n].
+    """Return name -> 95 % percentile interval of the mean of per-pair values [n].
 
-    All metrics share the resampled pairs. Time is O(resamples x n), memory O(1) in both.
-
-    Args:
-        values: name -> [n] values; NaN marks pairs that do not count.
-        resamples: number of resamples of n pairs, drawn with replacement by `seed`.
-        medians: names whose median is wanted instead; their values hold no NaN.
-        level: share of the resampled statistics inside the interval.
+    NaN marks pairs that do not count. All metrics share the resampled pairs, n of them drawn with
+    replacement by `seed`. Time is O(resamples x n), memory O(1) in both. Of `medians`, whose values
+    hold no NaN, the median is wanted instead.
     """
     if not values:
         return {}
@@ -115,7 +130,7 @@ def bootstrap_intervals(
             counted = ~np.isnan(each)
             with np.errstate(invalid="ignore"):  # a resample without any counted pair is NaN
                 found[name].append(counts @ np.where(counted, each, 0) / (counts @ counted))
-    tail = 50 * (1 - level)
+    tail = 50 * (1 - LEVEL)
     ends = {
         name: np.nanpercentile(np.concatenate(parts), [tail, 100 - tail])
         for name, parts in found.items()
@@ -129,6 +144,12 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     centre = (share + square / 2) / (1 + square)
     spread = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
     return max(0.0, centre - spread), min(1.0, centre + spread)
+
+
+def wilson_of(values: np.ndarray) -> tuple[float, float]:
+    """Return `wilson_interval` of the mean of values [n]; NaN marks trials that do not count."""
+    counted = values[~np.isnan(values)]
+    return wilson_interval(float(counted.mean()), len(counted))
 
 
 def _resample_counts(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

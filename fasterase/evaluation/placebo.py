@@ -58,10 +58,7 @@ class Band(NamedTuple):
 
 
 def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) -> list[str]:
-    """Return captions with made-up names and numbers in place of what `captions` alone say.
-
-    See `_own_terms`; all others stay. Where they say nothing of their own, the rarest word goes.
-    """
+    """Return captions with made-up terms in place of their `_own_terms`, or else of the rarest."""
     numbers = generator(seed, Stream.PLACEBO)
     known = _known_terms(kept)
     own = {caption: _own_terms(caption, known) or _rarest(caption) for caption in captions}
@@ -73,9 +70,9 @@ def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) 
 def made_up_captions(
     captions: Sequence[str], kept: Collection[str], seed: int, count: int
 ) -> list[str]:
-    """Return at most `count` different captions like those of `placebo_captions`.
+    """Return at most `count` different captions with made-up terms, none of them anybody's.
 
-    Captions that say nothing of their own are left out, and so is what anybody's caption says.
+    Captions that have no `_own_terms` are left out.
     """
     numbers = generator(seed, Stream.MADE_UP, 1)
     known = _known_terms(kept)
@@ -158,9 +155,8 @@ def encode_placebos(
 ) -> Tensor | None:
     """Return features [m, D] of placebos; None for captions that are no words it could replace."""
     captions = list(dict.fromkeys(forget.first_captions))
-    if encoder.model.text_tokenizer is None or not any(map(terms_of, captions)):
-        return None
-    if any(map(UNSPACED.search, captions)):  # where a word ends is not known
+    is_unspaced = any(map(UNSPACED.search, captions))  # where a word ends is not known
+    if encoder.model.text_tokenizer is None or is_unspaced or not any(map(terms_of, captions)):
         return None
     try:
         return encoder.texts(placebo_captions(captions, unrelated.first_captions, seed)).cpu()

@@ -12,6 +12,7 @@ scores exactly chance, neither 0 nor 100 %.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.metrics import CONCEPT_DEPTHS, METRICS, RECALL_DEPTHS, Metric
+from fasterase.evaluation.metrics import CONCEPT_DEPTHS, RECALL_DEPTHS
 from fasterase.pairs.prepare import caption_key
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
@@ -38,21 +39,16 @@ CHUNK_ELEMENTS = 4_000_000
 class SetFeatures(NamedTuple):
     """Image features of n pairs with their names.
 
-    A pair with several captions is represented by its first one; the others only count as right
-    answers.
+    The first caption represents a pair; further ones only count as right answers.
     """
 
-    image: Tensor  # [n, D], as in `PairFeatures`
+    image: Tensor  # [n, D]
     captions: list[list[str]]  # [n] all of each pair, the first one first; token ids spelled out
     ids: list[str]  # [n] as the source gives them
 
     @classmethod
     def of(cls, source: PairTable, features: PairFeatures) -> SetFeatures:
-        """Read the names of a set's features.
-
-        Raises:
-            InputError: a pair has another first caption than when it was encoded.
-        """
+        """Read the names; `InputError` if a first caption is not that which was encoded."""
         rows = features.rows.tolist()
         captions = [captions_of(source, row) for row in rows]
         ids = [source.id(row) for row in rows]
@@ -83,10 +79,8 @@ def all_captions(source: PairTable) -> set[str]:
     """Return every caption of every readable pair of a set."""
     found: set[str] = set()
     for row in range(len(source)):
-        try:
+        with suppress(BrokenPair):  # counted and named when the pair is encoded
             found.update(captions_of(source, row))
-        except BrokenPair:  # counted and named when the pair is encoded
-            continue
     return found
 
 
@@ -105,25 +99,17 @@ class SetScores:
     """Per-pair values of one set, by the key of the metric."""
 
     ids: list[str]  # [n] of the pairs
-    values: dict[
-        str, np.ndarray
-    ]  # [n]; NaN for pairs without a value, such as those of no known class
+    # [n] each; NaN for pairs without a value, such as those of no known class.
+    values: dict[str, np.ndarray]
     # Of a random order of the candidates; for the cosine the mean over unmatched candidates.
     chance: dict[str, float]
-
-    @property
-    def metrics(self) -> list[Metric]:
-        """Metrics that have values, in the order of tables."""
-        return [metric for metric in METRICS if metric.key in self.values]
 
     def add(self, key: str, values: np.ndarray, chance: float) -> None:
         self.values[key], self.chance[key] = values, chance
 
-    def add_hits(
-        self, key: str, depths: Sequence[int], found: Position, by_chance: Position
-    ) -> None:
+    def add_hits(self, key: str, depths: Sequence[int], found: Position) -> None:
         for k in depths:
-            self.add(f"{key}@{k}", found.hit(k), float(by_chance.hit(k).mean()))
+            self.add(f"{key}@{k}", *found.at(k))
 
 
 class CaptionPool(NamedTuple):
@@ -152,59 +138,49 @@ def retrieval_scores(
     size = len(pool.row)
     own = [[pool.row[c] for c in texts if c in pool.row] for texts in features.captions]
     first = torch.tensor([pool.row[texts[0]] for texts in features.captions])
-    own_count = np.array([len(rows) for rows in own])
-
-    own_parts, first_parts, concept_parts, matched, unmatched = [], [], [], [], []
+    parts = []
     for rows, similarity in similarity_chunks(features.image, pool.text):
         right = _column_mask(own[rows], size)
-        own_parts.append(find_position(similarity, right))
-        canonical = torch.zeros_like(right).scatter_(1, first[rows, None], True)
-        first_parts.append(find_position(similarity, canonical))
-        concept_parts.append(find_position(similarity, concept[None]))
-        matched.append(similarity[canonical].double().numpy())
+        is_first = torch.zeros_like(right).scatter_(1, first[rows, None], True)
+        found = [find_position(similarity, each) for each in (right, is_first, concept[None])]
+        matched = similarity[is_first].double().numpy()
         wrong = similarity.masked_fill(right, 0).sum(dim=1).double().numpy()
-        unmatched.append(wrong / np.maximum(size - own_count[rows], 1))
+        parts.append((*found, matched, wrong / np.maximum(size - found[0].answers, 1)))
+    of_own, of_first, of_concept, cosines, unmatched = zip(*parts, strict=True)
 
     scores = SetScores(features.ids, {}, {})
-    by_chance = chance_position(size, own_count)
-    scores.add_hits("image_to_text_recall", RECALL_DEPTHS, join_positions(own_parts), by_chance)
-    found, by_chance = text_to_image(features, pool, distractors)
-    scores.add_hits("text_to_image_recall", RECALL_DEPTHS, found, by_chance)
-    by_chance = chance_position(size, np.full(len(own), int(concept.sum())))
-    scores.add_hits("concept_hit", CONCEPT_DEPTHS, join_positions(concept_parts), by_chance)
-    scores.add("median_rank", join_positions(first_parts).rank(), (size + 1) / 2)
+    scores.add_hits("image_to_text_recall", RECALL_DEPTHS, join_positions(of_own))
+    found_images = text_to_image(features, pool, distractors)
+    scores.add_hits("text_to_image_recall", RECALL_DEPTHS, found_images)
+    scores.add_hits("concept_hit", CONCEPT_DEPTHS, join_positions(of_concept))
+    scores.add("median_rank", join_positions(of_first).rank(), (size + 1) / 2)
     expected = float(np.concatenate(unmatched).mean())
-    scores.add("matched_cosine", np.concatenate(matched), expected)
+    scores.add("matched_cosine", np.concatenate(cosines), expected)
     return scores
 
 
 def text_to_image(
     features: SetFeatures, pool: CaptionPool, distractors: SetFeatures | None
-) -> tuple[Position, Position]:
-    """Return where each pair's first caption finds its image, [n], and where by chance."""
+) -> Position:
+    """Return where each pair's first caption finds its image, [n]."""
     sets = [features] if distractors is None else [features, distractors]
     image = torch.cat([each.image for each in sets])
     images_of: dict[str, list[int]] = {captions[0]: [] for captions in features.captions}
     for row, captions in enumerate(chain.from_iterable(each.captions for each in sets)):
         for caption in filter(images_of.__contains__, captions):
             images_of[caption].append(row)
-    right = list(images_of.values())
-    by_caption = search_candidates(pool.text[[pool.row[c] for c in images_of]], image, right)
+    text = pool.text[[pool.row[caption] for caption in images_of]]
+    by_caption = search_candidates(text, image, list(images_of.values()))
     # Every pair queries with its first caption: a caption counts as often as it has pairs.
     place = {caption: i for i, caption in enumerate(images_of)}
     pairs = [place[captions[0]] for captions in features.captions]
-    counts = np.array([len(rows) for rows in right])
-    found = Position(*(field[pairs] for field in by_caption))
-    return found, chance_position(len(image), counts[pairs])
+    return Position(*(field[pairs] for field in by_caption))
 
 
 def image_labels(
     sets: Mapping[str, PairFeatures], classes: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Return set -> [n] number of each pair's class, or else of its first caption.
-
-    `classes` gives set -> [n] class numbers, -1 for none; sets may be missing.
-    """
+    """Return set -> [n] number of each pair's class (`label_pairs`), or else of its caption."""
     start = 1 + max((int(those.max(initial=-1)) for those in classes.values()), default=-1)
     captions: dict[str, int] = {}
     found = {}
@@ -215,18 +191,10 @@ def image_labels(
     return found
 
 
-class ImageSearch(NamedTuple):
-    """Where the images of a set find another one of the same label."""
-
-    counted: np.ndarray  # [n] bool, which of them have one to find
-    found: Position  # of those
-    by_chance: Position
-
-
 def search_images(
     sets: Mapping[str, PairFeatures], labels: Mapping[str, np.ndarray]
-) -> dict[str, ImageSearch]:
-    """Return set -> where its images find others of their label (`image_labels`), nearest first.
+) -> dict[str, tuple[np.ndarray, Position]]:
+    """Return set -> which images [n] have another one of their label (`image_labels`), and where.
 
     Candidates are the other pictures of the set and those of the retain set; a copy, such as the
     same picture with another caption, is no other one. Sets without two pictures of a label are
@@ -237,7 +205,7 @@ def search_images(
         names = [name] if name == "retain" or "retain" not in labels else [name, "retain"]
         gallery = torch.cat([sets[each].image for each in names])
         shown = torch.from_numpy(np.concatenate([labels[each] for each in names]))
-        counts, parts = [], []
+        queries, parts = [], []
         for rows, similarity in similarity_chunks(sets[name].image, gallery):
             right = shown[rows, None] == shown
             itself = torch.arange(rows.start, rows.stop)
@@ -245,13 +213,13 @@ def search_images(
             same[itself - rows.start, itself] = True
             right &= ~same
             similarity.masked_fill_(same, -torch.inf)
-            counts.append(right.sum(1).numpy())
             has_other = right.any(1)
+            queries.append(has_other.numpy())
             parts.append(find_position(similarity[has_other], right[has_other]))
-        count = np.concatenate(counts)
-        if count.any():
-            by_chance = chance_position(len(gallery) - 1, count[count > 0])
-            searched[name] = ImageSearch(count > 0, join_positions(parts), by_chance)
+        found = join_positions(parts)
+        if len(found.above):
+            others = found.candidates - 1  # without the image itself
+            searched[name] = np.concatenate(queries), found._replace(candidates=others)
     return searched
 
 
@@ -261,6 +229,8 @@ class Position(NamedTuple):
     above: np.ndarray  # [n] candidates ranked before it, all of them wrong
     tied: np.ndarray  # [n] candidates that tie with it, itself included
     right: np.ndarray  # [n] right ones among the tied
+    answers: np.ndarray  # [n] right ones among all
+    candidates: np.ndarray  # [n] all
 
     def hit(self, k: int) -> np.ndarray:
         """Return [n], the probability that a right candidate is among the first `k`.
@@ -276,9 +246,19 @@ class Position(NamedTuple):
             miss = np.where(drawn, miss * wrong_left / left, miss)
         return 1.0 - miss
 
+    def at(self, k: int) -> tuple[np.ndarray, float]:
+        """Return `hit(k)`, [n], and its mean in a random order."""
+        return self.hit(k), chance_hit(k, self.candidates, self.answers)
+
     def rank(self) -> np.ndarray:
         """Return [n], the rank from 1, averaged over the tied places."""
         return 1.0 + self.above + (self.tied - 1) / 2
+
+
+def chance_hit(k: int, candidates: np.ndarray, right: np.ndarray) -> float:
+    """Return the mean `hit(k)` of queries [n] in a random order, in which all candidates tie."""
+    in_random_order = Position(np.zeros(len(right)), candidates, right, right, candidates)
+    return float(in_random_order.hit(k).mean())
 
 
 def search_candidates(
@@ -288,10 +268,8 @@ def search_candidates(
 ) -> Position:
     """Return where each query finds its best right candidate; memory as `similarity_chunks`."""
     return join_positions(
-        [
-            find_position(similarity, _column_mask(right[rows], len(candidates)))
-            for rows, similarity in similarity_chunks(queries, candidates)
-        ]
+        find_position(similarity, _column_mask(right[rows], len(candidates)))
+        for rows, similarity in similarity_chunks(queries, candidates)
     )
 
 
@@ -305,15 +283,13 @@ def find_position(similarity: Tensor, right: Tensor) -> Position:
     best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     above = similarity > best + TIE
     tied = (similarity >= best - TIE) & ~above
-    return Position(count(above), count(tied), count(tied & right))
+    rows = len(similarity)
+    answers = np.broadcast_to(count(right), rows)
+    candidates = np.full(rows, similarity.shape[1])
+    return Position(count(above), count(tied), count(tied & right), answers, candidates)
 
 
-def chance_position(candidates: int, right: np.ndarray) -> Position:
-    """Return the position in a random order: all candidates tied, `right` [n] of them right."""
-    return Position(np.zeros(len(right)), np.full(len(right), candidates), right)
-
-
-def join_positions(parts: list[Position]) -> Position:
+def join_positions(parts: Iterable[Position]) -> Position:
     """Concatenate the positions of consecutive chunks of queries."""
     return Position(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
@@ -341,6 +317,13 @@ def first_copies(images: Tensor) -> np.ndarray:
         earliest = same.view(torch.uint8).argmax(1).numpy()
         first[rows] = np.minimum(first[rows], np.where(same.any(1).numpy(), earliest, first[rows]))
     return first
+
+
+def spread_values(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Return [n], the `values` where the mask `where` [n] is True, and NaN elsewhere."""
+    spread = np.full(len(where), np.nan)
+    spread[where] = values
+    return spread
 
 
 def share_below(scores: Tensor, others: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.findings import Examined, Finding, Target
+from fasterase.evaluation.metrics import DIRECTIONS, RECALL_DEPTHS
 from fasterase.evaluation.scores import (
     Position,
     captions_of,
-    chance_position,
     distinct_firsts,
     first_copies,
     image_labels,
@@ -29,8 +30,6 @@ from fasterase.evaluation.zero_shot import encode_classes, label_pairs
 from fasterase.pairs.table import PairTable
 
 ACCURACY_DEPTHS = (1, 5)
-RECALL_DEPTHS = (1, 5, 10)
-DIRECTIONS = {"image_to_text": "image->text", "text_to_image": "text->image"}
 FOLDS = 2
 
 # Features [n, D] and class numbers [n] to learn from -> class numbers of features [m, D].
@@ -40,42 +39,38 @@ Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
 def zero_shot(target: Target) -> Examined:
     """Return each set's zero-shot accuracy, top 1 and top 5, over `class_names`.
 
-    A class is the unit mean of its prompts. Of a set, the pairs with a known class count: the one
-    that the source gives, else the one that a caption names. Costs the class prompts through the
-    text tower.
+    A class is the unit mean of its prompts; pairs with a known class count (`label_pairs`).
 
     Raises:
         InputError: no classes are known, or no pair has one.
     """
     evaluator = target.evaluator
     names = evaluator.class_names
-    if names is None:
+    if not names:
         raise InputError(
             "tasks: 'zero_shot' needs classes. Give class_names=, or sets whose folders are "
             "classes, or leave 'zero_shot' out."
         )
     labels = label_pairs(names, evaluator.sources, target.features)
-    known = {name: those >= 0 for name, those in labels.items() if (those >= 0).any()}
-    if not known:
+    if not labels:
         raise InputError("tasks: 'zero_shot': no pair belongs to one of class_names.")
     classes = encode_classes(target.encoder.texts, names, evaluator.templates)
+    depths = [k for k in ACCURACY_DEPTHS if k < len(names)]
     findings: list[Finding] = []
-    for name, rows in known.items():
-        images, right = target.features[name].image[torch.from_numpy(rows)], labels[name][rows]
-        findings += target.hits(
-            name,
-            search_candidates(images, classes, right[:, None].tolist()),
-            {k: k / len(names) for k in ACCURACY_DEPTHS if k < len(names)},
-            key="accuracy",
-            title="zero-shot accuracy, top {}, %",
-        )
+    for name, those in labels.items():
+        rows = those >= 0
+        images, right = target.features[name].image[torch.from_numpy(rows)], those[rows, None]
+        found = search_candidates(images, classes, right.tolist())
+        hits = {k: (found.hit(k), k / len(names)) for k in depths}
+        title = "zero-shot accuracy, top {}, %"
+        findings += target.hits(name, hits, key="accuracy", title=title)
     return Examined(findings)
 
 
 def labels_of(target: Target) -> dict[str, np.ndarray]:
     """Return set -> [n] number of each pair's class, or else of its first caption."""
     sources = target.evaluator.sources
-    classes = label_pairs(target.evaluator.class_names or [], sources, target.features)
+    classes = label_pairs(target.evaluator.class_names, sources, target.features)
     return image_labels({name: target.features[name] for name in sources}, classes)
 
 
@@ -83,8 +78,7 @@ def probe(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
     """Fit a classifier on half of the images of each label, and score the others; then swap.
 
     A label is the pair's class, or else its first caption. All sets are fitted together: labels
-    with images in both halves, of whatever set, take part; copies of an image are in one half. No
-    text and no tower is involved, so that this tells what the image features themselves keep apart.
+    with images in both halves, of whatever set, take part; copies of an image are in one half.
 
     Raises:
         InputError: fewer than two labels have two images.
@@ -123,16 +117,20 @@ def probe(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
 
 
 def fit_linear(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Fit a multinomial logistic regression (L2, C = 1) on standardised features."""
+    with warnings.catch_warnings():
+        # Two images per caption are two per class: half of them are one each.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        return fit_logistic(images, labels, tol=1e-3).predict
+
+
+def fit_logistic(images: np.ndarray, labels: np.ndarray, **options: Any) -> Any:
+    """Fit a logistic regression (L2, C = 1) of scikit-learn on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
-    with warnings.catch_warnings():
-        # Two images per caption are two per class: half of them are one each.
-        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-        return fitted.fit(images, labels).predict
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, **options))
+    return model.fit(images, labels)
 
 
 def fit_prototypes(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -151,21 +149,17 @@ prototypes = partial(probe, fit=fit_prototypes, task="prototypes", title="protot
 def retrieval(target: Target) -> Examined:
     """Return recall@1/5/10 of each set by itself, image->text and text->image.
 
-    The usual protocol of Flickr30K and COCO: the candidates are the set's own images and all their
+    The protocol of Flickr30K and COCO: the candidates are the set's own images and all their
     captions; any of an image's captions is right, and each caption is a query. (The metrics of the
-    evaluation rank first captions among those of all sets instead.) Costs all captions through the
-    text tower.
+    evaluation rank first captions among those of all sets instead.)
     """
     findings: list[Finding] = []
     for name in target.evaluator.sources:
         features, source = target.features[name], target.evaluator.sources[name]
         captions, place, text = encode_captions(target.encoder, source, features)
-        for key, right, found in rank_captions(features.image, captions, place, text):
-            candidates = len(place) if key == "image_to_text" else len(captions)
-            chance = chance_position(candidates, np.array([len(those) for those in right]))
-            chances = {k: float(chance.hit(k).mean()) for k in RECALL_DEPTHS if k < candidates}
-            title = f"{DIRECTIONS[key]} R@{{}}, %"
-            findings += target.hits(name, found, chances, key=key, title=title)
+        for key, _, found in rank_captions(features.image, captions, place, text):
+            hits = {k: found.at(k) for k in RECALL_DEPTHS if k < found.candidates[0]}
+            findings += target.hits(name, hits, key=key, title=f"{DIRECTIONS[key]} R@{{}}, %")
     if not findings:
         raise InputError("tasks: 'retrieval' needs a set of two pairs or more.")
     return Examined(findings)
@@ -188,21 +182,15 @@ def rank_captions(
 
 
 def image_retrieval(target: Target) -> Examined:
-    """Return how often the images nearest to an image show the same thing.
-
-    An image queries the other images of its set and those of the retain set. Right are those with
-    its class, or else with its first caption; images without any such other do not count. Recall@1
-    is the share of queries whose nearest image is right. Costs no pass through a model.
+    """Return how often the images nearest to an image show the same thing; see `search_images`.
 
     Raises:
         InputError: no image has another one of its class or caption.
     """
     findings: list[Finding] = []
-    searched = search_images(target.features, labels_of(target))
-    for name, (_, found, by_chance) in searched.items():
-        chances = {k: float(by_chance.hit(k).mean()) for k in RECALL_DEPTHS[:2]}
-        title = "image->image R@{}, %"
-        findings += target.hits(name, found, chances, key="recall", title=title)
+    for name, (_, found) in search_images(target.features, labels_of(target)).items():
+        hits = {k: found.at(k) for k in RECALL_DEPTHS[:2]}
+        findings += target.hits(name, hits, key="recall", title="image->image R@{}, %")
     if not findings:
         raise InputError(
             "tasks: 'image_retrieval' needs images with another one of their class or caption, and "
@@ -230,10 +218,8 @@ def encode_captions(
 def paraphrases(target: Target) -> Examined:
     """Return the residue of the second and further captions of each pair, in both directions.
 
-    image->text is the share of unrelated captions that are less similar to the image than the
-    paraphrase, text->image that of unrelated images and the paraphrase: 1 known, 0.5 no trace.
-    Unrelated are the pairs that the verdict compares with. A pair's value is the mean over its
-    further captions. On sets to keep it should not fall. Costs all captions through the text tower.
+    It is the share of unrelated captions (images) that are less similar to the image (the
+    paraphrase) than these are to each other. A pair's value is the mean over its further captions.
 
     Raises:
         InputError: no pair has a second caption.
@@ -257,10 +243,8 @@ def paraphrases(target: Target) -> Examined:
         images, texts = target.features[name].image[rows], text[columns]
         matched = (images * texts).sum(1)
         paraphrased = np.bincount(rows.numpy(), minlength=len(captions))
-        for key, title, similarity in (
-            ("image_to_text", "image->text", images @ others.T),
-            ("text_to_image", "text->image", texts @ unrelated.image.T),
-        ):
+        similarities = images @ others.T, texts @ unrelated.image.T
+        for (key, title), similarity in zip(DIRECTIONS.items(), similarities, strict=True):
             below = share_below(matched.double(), similarity.double())
             total = np.bincount(rows.numpy(), weights=below, minlength=len(captions))
             with np.errstate(invalid="ignore"):  # pairs without a paraphrase have no value

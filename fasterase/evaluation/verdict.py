@@ -6,7 +6,7 @@ concept's own pairs among unrelated captions and images, where 0.5 means that no
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
@@ -16,16 +16,24 @@ import torch
 from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
-from fasterase.evaluation.metrics import NEAR, TOWER_HITS, wilson_interval
+from fasterase.evaluation.metrics import (
+    CONTEST_HIT,
+    CONTEST_NEAR,
+    NEAR,
+    RESIDUES,
+    TOWER_HITS,
+    wilson_interval,
+)
 from fasterase.evaluation.placebo import Band, encode_placebos, find_band
 from fasterase.evaluation.scores import (
     Position,
     all_captions,
     captions_of,
-    chance_position,
+    chance_hit,
     distinct_firsts,
     find_position,
     share_below,
+    spread_values,
 )
 from fasterase.numerals import counted
 from fasterase.pairs.skips import BrokenPair
@@ -68,50 +76,43 @@ RIVALS = 19
 
 @dataclass(frozen=True)
 class Trace:
-    """What is left of a set to forget.
+    """What is left of a set to forget."""
 
-    Attributes:
-        image_to_text: mean over pairs of the share of unrelated captions that are less similar to
-            the image than its own caption: 1 is known, 0.5 no trace, 0 loudly absent.
-        text_to_image: the same of unrelated images and the caption.
-        hit: share of images won by a caption of the set in a contest with the unrelated captions.
-        hit_low: low end of the 95 % Wilson interval of `hit`.
-        hit_high: its high end.
-        chance: share that a random order would give.
-        pairs: number of pairs judged.
-        towers: `"image"`, `"text"` -> `hit` of this tower beside the original's other one, and the
-            low end of its interval; empty if there was no original to compare with.
-        by_hits: whether `hit` alone decides, whatever the number of images.
-        band: residues that made-up names have; what lies between them is no trace.
-        lifts: how much higher the margins of residues are, by direction.
-    """
-
+    # Mean over pairs of the share of unrelated captions that are less similar to the image than its
+    # own caption: 1 is known, 0.5 no trace, 0 loudly absent.
     image_to_text: float
-    text_to_image: float
-    hit: float
-    hit_low: float
+    text_to_image: float  # the same of unrelated images and the caption
+    hit: float  # share of images won by a caption of the set in a contest with unrelated captions
+    hit_low: float  # ends of its 95 % Wilson interval
     hit_high: float
-    chance: float
-    pairs: int
+    chance: float  # of `hit`, by a random order
+    pairs: int  # judged
+    # `"image"`, `"text"` -> `hit` of this tower beside the original's other one, and the low end of
+    # its interval; empty if there was no original to compare with.
     towers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    by_hits: bool = False
-    band: Band | None = None
-    lifts: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def residue(self) -> float:
-        """Mean of both directions."""
-        return (self.image_to_text + self.text_to_image) / 2
-
-    @property
-    def lowered(self) -> tuple[float, float]:
-        """The residues of both directions as far as made-up names do not explain them."""
-        return self.image_to_text - self.lifts[0], self.text_to_image - self.lifts[1]
+    by_hits: bool = False  # whether `hit` alone decides, whatever the number of images
+    band: Band | None = None  # residues that made-up names have: between them there is no trace
+    lifts: tuple[float, float] = (0.0, 0.0)  # how much higher margins of residues are, by direction
 
     @property
     def is_remembered(self) -> bool:
         known = self.known_beyond > 0 and not self.by_hits
         return known or self.hit_low > self.harmless_hit or bool(self.telling_towers)
+
+    @property
+    def is_over_erased(self) -> bool:
+        return self._beyond(OVER_ERASED_RESIDUE, 0) > 0 and not self.by_hits
+
+    @property
+    def is_decisive(self) -> bool:
+        """Whether the images are enough to exclude that many of them are still found."""
+        return self.hit_high < DECISIVE_HIT or self.by_hits
+
+    @property
+    def could_decide(self) -> bool:
+        """Whether it is not decisive although the images would be enough, if fewer were won."""
+        enough = wilson_interval(0.0, self.pairs)[1] < DECISIVE_HIT
+        return enough and not self.is_decisive
 
     @property
     def harmless_hit(self) -> float:
@@ -123,17 +124,6 @@ class Trace:
         """The towers that give the concept away beside the original's other one."""
         towers = {} if self.by_hits else self.towers
         return [name for name, (_, low) in towers.items() if low > TOWER_HIT]
-
-    def strictly(self, *, keep: Collection[str]) -> Trace:
-        """Return the trace with the shares of some towers alone, and only a high band."""
-        towers = {name: found for name, found in self.towers.items() if name in keep}
-        if self.band is None or not self.band.is_high:
-            return replace(self, towers=towers, band=None)
-        return replace(self, towers=towers, lifts=self.band.lifts)
-
-    @property
-    def is_over_erased(self) -> bool:
-        return self._beyond(OVER_ERASED_RESIDUE, 0) > 0 and not self.by_hits
 
     @property
     def known_beyond(self) -> float:
@@ -153,23 +143,21 @@ class Trace:
         )
 
     @property
-    def is_decisive(self) -> bool:
-        """Whether the images are enough to exclude that many of them are still found."""
-        return self.hit_high < DECISIVE_HIT or self.by_hits
+    def residue(self) -> float:
+        """Mean of both directions."""
+        return (self.image_to_text + self.text_to_image) / 2
 
     @property
-    def could_decide(self) -> bool:
-        """Whether it is not decisive although the images would be enough, if fewer were won."""
-        enough = wilson_interval(0.0, self.pairs)[1] < DECISIVE_HIT
-        return enough and not self.is_decisive
+    def lowered(self) -> tuple[float, float]:
+        """The residues of both directions as far as made-up names do not explain them."""
+        return self.image_to_text - self.lifts[0], self.text_to_image - self.lifts[1]
 
-    def _describe_band(self) -> str:
-        """Say what made-up names have, where that decides."""
-        bare = replace(self, band=None)
-        if (bare.is_remembered, bare.is_over_erased) == (self.is_remembered, self.is_over_erased):
-            return ""
-        ends = (f"{low:.2f} to {high:.2f}" for low, high in self.band or ())
-        return f"; made-up names {' and '.join(ends)}"
+    def strictly(self, *, keep: Collection[str]) -> Trace:
+        """Return the trace with the shares of some towers alone, and only a high band."""
+        towers = {name: found for name, found in self.towers.items() if name in keep}
+        if self.band is None or not self.band.is_high:
+            return replace(self, towers=towers, band=None)
+        return replace(self, towers=towers, lifts=self.band.lifts)
 
     def describe(self) -> str:
         towers = "".join(
@@ -183,11 +171,13 @@ class Trace:
             f"{counted(self.pairs, 'image')}{towers}"
         )
 
-
-def decide(traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = None) -> str | None:
-    """Return the worst of the verdicts of `decide_each`; None without traces."""
-    verdicts = decide_each(traces, original).values()
-    return next((verdict for verdict in PRECEDENCE if verdict in verdicts), None)
+    def _describe_band(self) -> str:
+        """Say what made-up names have, where that decides."""
+        bare = replace(self, band=None)
+        if (bare.is_remembered, bare.is_over_erased) == (self.is_remembered, self.is_over_erased):
+            return ""
+        ends = (f"{low:.2f} to {high:.2f}" for low, high in self.band or ())
+        return f"; made-up names {' and '.join(ends)}"
 
 
 def decide_each(
@@ -213,6 +203,12 @@ def decide_each(
     return {name: of(name, trace) for name, trace in traces.items()}
 
 
+def decide(traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = None) -> str | None:
+    """Return the worst of the verdicts of `decide_each`; None without traces."""
+    verdicts = decide_each(traces, original).values()
+    return next((verdict for verdict in PRECEDENCE if verdict in verdicts), None)
+
+
 def describe_verdict(verdict: str, traces: Mapping[str, Trace]) -> str:
     """Return the verdict with the figures of each set, one line per set."""
     lines = [f"{name}: {trace.describe()}" for name, trace in traces.items()]
@@ -223,56 +219,53 @@ class PairTraces(NamedTuple):
     """What is left of each of n judged pairs of a set to forget."""
 
     rows: np.ndarray  # [n] of the source
-    image_to_text: np.ndarray  # [n] residues
-    text_to_image: np.ndarray  # [n]
-    hit: np.ndarray  # [n] 1 if a caption of the set wins the image, 0 if not; a share for ties
-    chance: float  # of `hit`
-    near: np.ndarray  # [n] likewise, if one is among the first `NEAR`
-    near_chance: float
-    towers: Mapping[str, np.ndarray]  # see `Trace`; [n] each, as `hit`
-    band: Band | None  # see `Trace`
+    # Metric (`RESIDUES`, hits in the contest, `TOWER_HITS`) -> [n]. A hit is 1 if a caption of the
+    # set wins the image, 0 if not, and a share for ties.
+    values: dict[str, np.ndarray]
+    chance: dict[str, float]  # metric -> chance level
+    band: Band | None = None  # see `Trace`
+
+    @property
+    def hit(self) -> np.ndarray:
+        return self.values[CONTEST_HIT]
 
     @property
     def residue(self) -> np.ndarray:
         """Mean of both directions."""
-        return (self.image_to_text + self.text_to_image) / 2
+        to_text, to_image = (self.values[key] for key in RESIDUES)
+        return (to_text + to_image) / 2
 
     def without(self, rows: np.ndarray) -> PairTraces:
         """Return what is left of the pairs that are not in `rows` of the source."""
         keep = ~np.isin(self.rows, rows)
-        names = ("rows", "image_to_text", "text_to_image", "hit", "near")
-        kept = {name: getattr(self, name)[keep] for name in names}
-        towers = {name: values[keep] for name, values in self.towers.items()}
-        return self._replace(**kept, towers=towers)
+        values = {key: those[keep] for key, those in self.values.items()}
+        return self._replace(rows=self.rows[keep], values=values)
 
-    def metrics(self) -> dict[str, tuple[np.ndarray, float]]:
-        """Return metric -> per-pair values and chance level, as the evaluation lists them."""
-        near = {f"contest_hit@{NEAR}": (self.near, self.near_chance)}
-        return {
-            "image_to_text_residue": (self.image_to_text, 0.5),
-            "text_to_image_residue": (self.text_to_image, 0.5),
-            "contest_hit@1": (self.hit, self.chance),
-            **(near if self.near_chance < 1 else {}),  # with so few rivals it says nothing
-            **{TOWER_HITS[name]: (hit, self.chance) for name, hit in self.towers.items()},
-        }
-
-    def metrics_at(self, rows: np.ndarray) -> dict[str, tuple[np.ndarray, float]]:
-        """Return `metrics` for `rows` of the source, among them the judged; NaN for all others."""
+    def spread(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return `values` for `rows` of the source, among them the judged; NaN for all others."""
         judged = np.isin(rows, self.rows)
-        found = {}
-        for key, (values, chance) in self.metrics().items():
-            spread = np.full(len(rows), np.nan)
-            spread[judged] = values
-            found[key] = spread, chance
-        return found
+        return {key: spread_values(those, judged) for key, those in self.values.items()}
 
     def summary(self) -> Trace:
-        hit, count = float(self.hit.mean()), len(self.rows)
-        residues = float(self.image_to_text.mean()), float(self.text_to_image.mean())
-        shares = {name: float(values.mean()) for name, values in self.towers.items()}
-        towers = {name: (share, wilson_interval(share, count)[0]) for name, share in shares.items()}
-        interval = wilson_interval(hit, count)
-        return Trace(*residues, hit, *interval, self.chance, count, towers, band=self.band)
+        means = {key: float(those.mean()) for key, those in self.values.items()}
+        ends = {key: wilson_interval(means[key], len(self.rows)) for key in means}
+        to_text, to_image = RESIDUES
+        return Trace(
+            means[to_text],
+            means[to_image],
+            means[CONTEST_HIT],
+            *ends[CONTEST_HIT],
+            self.chance[CONTEST_HIT],
+            len(self.rows),
+            {name: (means[k], ends[k][0]) for name, k in TOWER_HITS.items() if k in means},
+            band=self.band,
+        )
+
+
+def summarise(traces: Mapping[str, PairTraces]) -> dict[str, Trace]:
+    return {
+        name: replace(found.summary(), by_hits=name == WITHHELD) for name, found in traces.items()
+    }
 
 
 class Judge:
@@ -284,7 +277,7 @@ class Judge:
         sources: set -> pairs, with a set `"retain"`.
         forget_sets: names of the sets to forget.
         seed: of the choice of pairs.
-        rows: set -> rows (sorted) to choose from; all rows of a set that is missing here.
+        rows: set -> rows (sorted) to choose from; of a set that is missing, all.
         towers: those that are judged beside the original's other one.
 
     Attributes:
@@ -322,13 +315,13 @@ class Judge:
         self.rows = chosen if len(chosen["retain"]) else {}
         self.bands: dict[str, Band] = {}
 
+    def judged(self, features: Mapping[str, PairFeatures]) -> dict[str, PairFeatures]:
+        """Return set -> features of its judged pairs, of the sets that there are."""
+        return features_at(features, {n: rows for n, rows in self.rows.items() if n in features})
+
     def calibrate(self, encoder: PairEncoder, features: Mapping[str, PairFeatures]) -> None:
         """Find what residues mean, from the `features` of the original, which `encoder` holds."""
-        sets = self.judged(features)
-        unrelated = sets.pop("retain", None)
-        for name, pairs in sets.items():
-            if unrelated is None or not len(pairs.rows):
-                continue
+        for name, pairs, unrelated in _beside_unrelated(self.judged(features)):
             placebos = encode_placebos(encoder, pairs, unrelated, seed=self._seed)
             if placebos is not None:
                 self.bands[name] = find_band(pairs, unrelated, placebos, seed=self._seed)
@@ -340,8 +333,7 @@ class Judge:
     ) -> dict[str, PairTraces]:
         """Return set to forget -> what is left of its judged pairs among `features` of a model.
 
-        Each of its towers is judged beside the other one of the `original` too, if that is given
-        and its features have the same width.
+        Beside the `original`, if it is given and has features of the same width, each tower too.
         """
         judged = self.judged(features)
         if original is None or not judged or _width(features) != _width(original):
@@ -349,64 +341,64 @@ class Judge:
         before = {name: original[name].at(pairs.rows) for name, pairs in judged.items()}
         judged = {name: pairs.at(before[name].rows) for name, pairs in judged.items()}
         found = self._compare(judged)
-        hits: dict[str, dict[str, np.ndarray]] = {name: {} for name in found}
         for tower, images, texts in (("image", judged, before), ("text", before, judged)):
             if tower not in self._towers:
                 continue
             mixed = {name: replace(texts[name], image=images[name].image) for name in judged}
-            for name, traces in self._compare(mixed).items():
-                hits[name][tower] = traces.hit
-        return {name: traces._replace(towers=hits[name]) for name, traces in found.items()}
-
-    def judged(self, features: Mapping[str, PairFeatures]) -> dict[str, PairFeatures]:
-        """Return set -> features of its judged pairs, of the sets that there are."""
-        known = [name for name in self.rows if name in features]
-        return {name: features[name].at(self.rows[name]) for name in known}
+            for name, beside in self._compare(mixed).items():
+                found[name].values[TOWER_HITS[tower]] = beside.hit
+                found[name].chance[TOWER_HITS[tower]] = beside.chance[CONTEST_HIT]
+        return found
 
     def _compare(self, judged: Mapping[str, PairFeatures]) -> dict[str, PairTraces]:
-        sets = {name: pairs for name, pairs in judged.items() if len(pairs.rows)}
-        unrelated = sets.pop("retain", None)
-        if unrelated is None:
-            return {}
-        return {
-            name: _compare(found, unrelated, seed=self._seed)._replace(band=self.bands.get(name))
-            for name, found in sets.items()
-        }
+        found = {}
+        for name, pairs, unrelated in _beside_unrelated(judged):
+            traces = compare_pairs(pairs, unrelated, seed=self._seed)
+            found[name] = traces._replace(band=self.bands.get(name))
+        return found
 
 
-def summarise(traces: Mapping[str, PairTraces]) -> dict[str, Trace]:
-    """Return set -> summary."""
-    return {
-        name: replace(found.summary(), by_hits=name == WITHHELD) for name, found in traces.items()
-    }
+def _beside_unrelated(
+    judged: Mapping[str, PairFeatures],
+) -> Iterator[tuple[str, PairFeatures, PairFeatures]]:
+    """Yield the name and the pairs of each set to forget that has any, and the unrelated pairs."""
+    unrelated = judged.get("retain")
+    for name, pairs in judged.items():
+        if name != "retain" and unrelated is not None and len(pairs.rows) and len(unrelated.rows):
+            yield name, pairs, unrelated
+
+
+def features_at(
+    features: Mapping[str, PairFeatures], rows: Mapping[str, np.ndarray]
+) -> dict[str, PairFeatures]:
+    """Return set -> its features at `rows`."""
+    return {name: features[name].at(those) for name, those in rows.items()}
 
 
 def _width(features: Mapping[str, PairFeatures]) -> int:
     return features["retain"].image.shape[1]
 
 
-def _compare(forget: PairFeatures, unrelated: PairFeatures, *, seed: int) -> PairTraces:
+def compare_pairs(forget: PairFeatures, unrelated: PairFeatures, *, seed: int) -> PairTraces:
     captions, place = distinct_firsts(forget)
     others, _ = distinct_firsts(unrelated)
     own = torch.tensor(place)
     text = forget.text[captions]
     matched = (forget.image * text[own]).sum(1)
-    image_rivals = forget.image @ unrelated.text[others].T
-    text_rivals = (text @ unrelated.image.T)[own]
+    rivals = {
+        "image_to_text": forget.image @ unrelated.text[others].T,
+        "text_to_image": (text @ unrelated.image.T)[own],
+    }
     size = min(len(captions), max(1, len(others) // RIVALS))
-    found = _contest(forget.image @ text.T, image_rivals, own, size=size, seed=seed)
-    by_chance = chance_position(size + len(others), np.array([size]))
-    return PairTraces(
-        rows=forget.rows,
-        image_to_text=share_below(matched, image_rivals),
-        text_to_image=share_below(matched, text_rivals),
-        hit=found.hit(1),
-        chance=size / (size + len(others)),
-        near=found.hit(NEAR),
-        near_chance=float(by_chance.hit(NEAR)[0]),
-        towers={},
-        band=None,
-    )
+    total = size + len(others)
+    hits = _contest(forget.image @ text.T, rivals["image_to_text"], own, size=size, seed=seed)
+    values = {f"{key}_residue": share_below(matched, those) for key, those in rivals.items()}
+    chance = {**dict.fromkeys(values, 0.5), CONTEST_HIT: size / total}
+    values[CONTEST_HIT] = hits.hit(1)
+    near_chance = chance_hit(NEAR, np.array([total]), np.array([size]))
+    if near_chance < 1:  # with fewer rivals it says nothing
+        values[CONTEST_NEAR], chance[CONTEST_NEAR] = hits.hit(NEAR), near_chance
+    return PairTraces(forget.rows, values, chance)
 
 
 def _contest(

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.scores import captions_of, search_candidates
+from fasterase.evaluation.scores import captions_of, search_candidates, spread_values
 from fasterase.option_values import parse_value
 from fasterase.pairs.table import PairTable
 
@@ -27,20 +27,18 @@ def label_pairs(
 ) -> dict[str, np.ndarray]:
     """Return set -> [n] class number of each pair that has features; -1 if it has no class.
 
-    Nothing without classes.
+    Sets of which no pair has one are left out.
     """
+    found: dict[str, np.ndarray] = {}
     if not class_names:
-        return {}
+        return found
     label = labeller(class_names)
-    return {
-        name: np.array(
-            [
-                label(source.meta(row), captions_of(source, row))
-                for row in features[name].rows.tolist()
-            ]
-        )
-        for name, source in sources.items()
-    }
+    for name, source in sources.items():
+        rows = features[name].rows.tolist()
+        labels = np.array([label(source.meta(row), captions_of(source, row)) for row in rows])
+        if (labels >= 0).any():
+            found[name] = labels
+    return found
 
 
 def labeller(class_names: Sequence[str]) -> Callable[[Mapping[str, Any], Sequence[str]], int]:
@@ -79,17 +77,12 @@ def score_accuracy(
     """Return [n]: 1 if the nearest class is the label, else 0; NaN without a label."""
     known = labels >= 0
     right = labels[known, None].tolist()
-    values = np.full(len(labels), np.nan)
-    values[known] = search_candidates(image[torch.from_numpy(known)], classes, right).hit(1)
-    return values
+    found = search_candidates(image[torch.from_numpy(known)], classes, right)
+    return spread_values(found.hit(1), known)
 
 
 def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
-    """Return `templates`, by default `TEMPLATES`.
-
-    Raises:
-        InputError: one is not text with one `{}` for the class name.
-    """
+    """Return `templates`, by default `TEMPLATES`; `InputError` if one has not one `{}`."""
     if templates is None:
         return TEMPLATES
     templates = [templates] if isinstance(templates, str) else list(templates)
@@ -104,19 +97,15 @@ def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(templates)
 
 
-def carried_classes(sources: Mapping[str, PairTable]) -> list[str] | None:
-    """Return the classes that the sources carry, if there are two or more."""
+def carried_classes(sources: Mapping[str, PairTable]) -> list[str]:
+    """Return the classes that the sources carry; none if there are fewer than two."""
     names = [name for source in sources.values() for name in source.classes or ()]
     distinct = list(dict.fromkeys(names))
-    return distinct if len(distinct) > 1 else None
+    return distinct if len(distinct) > 1 else []
 
 
 def check_class_names(class_names: Sequence[str] | None) -> list[str] | None:
-    """Return `class_names` without repetitions.
-
-    Raises:
-        InputError: it is a single text, contains anything but text, or has fewer than two names.
-    """
+    """Return `class_names` without repetitions; `InputError` for no list of two texts or more."""
     if class_names is None:
         return None
     given = list(class_names) if isinstance(class_names, tuple) else class_names

@@ -48,6 +48,27 @@ class Limits(NamedTuple):
     near: int
 
 
+def decide_all(
+    original: OriginalFeatures,
+    source: PairTable,
+    rows: np.ndarray,  # [n] of the source, sorted
+    scores: np.ndarray,  # [n], the largest of the pictures nearest to the concept
+    named: np.ndarray,  # [n] bool, whether a caption names it
+    nearest_captions: np.ndarray,  # places among the n, by the closeness of captions
+    *,
+    picture_alone: bool,
+    seed: int,
+) -> tuple[np.ndarray, Limits]:
+    """Return the final decision on each of n pairs, and the limits that were learnt for it."""
+    limits = choose_limits(scores, named)
+    decided = decide(scores, named, limits, picture_alone=picture_alone)
+    group = find_copies(original, source, rows, scores, decided)
+    decided = keep_together(decided, group)
+    decided[choose_unseen(decided, group, seed=seed)] = Decision.UNSEEN
+    decided[choose_neighbours(decided, scores, nearest_captions)] = Decision.NEIGHBOUR
+    return decided, limits
+
+
 def choose_limits(scores: np.ndarray, named: np.ndarray) -> Limits:
     """Learn from the pairs with the name which ranks of `scores` [n] show the concept.
 
@@ -77,8 +98,8 @@ def decide(
 ) -> np.ndarray:
     """Return the decision on n pairs by their pictures' `scores` and whether captions name it.
 
-    Both testify: forget. Neither: retain. One: unsure; with `picture_alone` a picture that is as
-    near as those with the name is enough.
+    Both testify: forget. Neither: retain. One: unsure, but with `picture_alone` forget where the
+    picture is as near as those with the name.
     """
     nearest = np.argpartition(-scores, min(limits.near, len(scores) - 1))[: limits.near]
     nearest = nearest[np.argsort(-scores[nearest], kind="stable")]
@@ -103,8 +124,7 @@ def find_copies(
 ) -> np.ndarray:
     """Return a number of each of n pairs that pairs with copies of one picture share.
 
-    Args:
-        rows: [n] of the source, sorted, with `scores` [n] and decisions [n].
+    `rows` [n] of the source are sorted; they have `scores` [n] and decisions [n].
     """
     first = np.arange(len(rows), dtype=np.int32)  # of millions, half the memory of int64
     # Those that are kept without a doubt come last, where not all are compared.
@@ -145,9 +165,6 @@ def choose_neighbours(
     """Return the kept pairs nearest to the concept, half by picture and half by caption.
 
     They are at most a tenth of those kept, so that these have others too.
-
-    Args:
-        nearest_captions: pairs by the closeness of their captions, the nearest first.
     """
     kept = decided == Decision.RETAIN
     wanted = NEIGHBOURS_PER_PAIR * int((decided >= Decision.FORGET).sum())

@@ -18,17 +18,7 @@ from fasterase.encode import PairEncoder
 from fasterase.engine.loss import loss_products
 from fasterase.engine.model_state import best_device, borrowed, resolve_device
 from fasterase.errors import InputError
-from fasterase.finder.decisions import (
-    NEARER_SHARE,
-    Decision,
-    Limits,
-    choose_limits,
-    choose_neighbours,
-    choose_unseen,
-    decide,
-    find_copies,
-    keep_together,
-)
+from fasterase.finder.decisions import NEARER_SHARE, Decision, Limits, decide_all
 from fasterase.finder.found import Found
 from fasterase.finder.witnesses import (
     NamedPairs,
@@ -120,7 +110,10 @@ def find(
     others = [] if not_about is None else parse_wordings("not_about", not_about)
     if not wordings:
         raise InputError("concept is empty. Say in words what to find, such as 'octopus'.")
-    max_pairs, seed = _check_options(max_pairs, seed, precision, num_workers)
+    max_pairs = None if max_pairs is None else parse_count("max_pairs", max_pairs, least=1)
+    seed = parse_count("seed", seed, least=0)
+    parse_value("precision", precision, Literal["auto", "fp32", "bf16", "fp16"])
+    count_workers(num_workers)
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     with speaking(progress), join_ranks() as ranks, torch.inference_mode(False):
         with ranks.raising_together():
@@ -155,8 +148,9 @@ def find(
             began = time.monotonic()
             original.encode(pairs, rows)
             say(f"encoded: {counted(len(rows), 'pair')}", since=began)
-            judged = _judge(original, pairs, rows, captions, queries, picture_alone, ranks, seed)
-    codes, scores, limits = judged
+            codes, scores, limits = _judge(
+                original, pairs, rows, captions, queries, picture_alone, ranks, seed
+            )
     facts = {
         "concept": wordings,
         "not_about": others,
@@ -194,21 +188,13 @@ def _judge(
     scores = np.full(len(pairs), np.nan, np.float32)
     scores[rows] = pictures.scores
     rows = rows[~np.isnan(pictures.scores)]
+    nearest = np.searchsorted(rows, pictures.nearest_captions)
+    own = scores[rows], captions.named[rows], nearest
     codes = np.full(len(pairs), Decision.UNJUDGED, np.uint8)
-
-    def decide_all() -> tuple[np.ndarray, Limits]:
-        own, named = scores[rows], captions.named[rows]
-        limits = choose_limits(own, named)
-        decided = decide(own, named, limits, picture_alone=picture_alone)
-        group = find_copies(original, pairs, rows, own, decided)
-        decided = keep_together(decided, group)
-        decided[choose_unseen(decided, group, seed=seed)] = Decision.UNSEEN
-        nearest = np.searchsorted(rows, pictures.nearest_captions)
-        decided[choose_neighbours(decided, own, nearest)] = Decision.NEIGHBOUR
-        return decided, limits
-
     # One decides for all: others may round differently.
-    codes[rows], limits = ranks.on_first(decide_all)
+    codes[rows], limits = ranks.on_first(
+        lambda: decide_all(original, pairs, rows, *own, picture_alone=picture_alone, seed=seed)
+    )
     return codes, scores, limits
 
 
@@ -246,16 +232,6 @@ def _warn(found: Found, wordings: Sequence[str]) -> None:
         )
     if lacks:
         warnings.warn(f"find {', '.join(wordings)}: {'. '.join(lacks)}.", stacklevel=3)
-
-
-def _check_options(
-    max_pairs: int | None, seed: int, precision: str, num_workers: int | Literal["auto"]
-) -> tuple[int | None, int]:
-    """Check them before anything is read; return those that are numbers as ints."""
-    parse_value("precision", precision, Literal["auto", "fp32", "bf16", "fp16"])
-    count_workers(num_workers)
-    most = None if max_pairs is None else parse_count("max_pairs", max_pairs, least=1)
-    return most, parse_count("seed", seed, least=0)
 
 
 def parse_wordings(argument: str, given: str | Iterable[str]) -> list[str]:

@@ -1,7 +1,4 @@
-"""`Found`: the sets that `fasterase.find` made of a corpus, to look at, correct, keep and use.
-
-The review page is one HTML file with pictures, captions and scores, which asks no server.
-"""
+"""`Found`: the sets that `fasterase.find` made of a corpus, to look at, correct, keep and use."""
 
 from __future__ import annotations
 
@@ -31,21 +28,31 @@ from fasterase.report.templating import jpeg_uri, render
 
 FACTS, ROWS, DECIDED = "found.json", "found.npz", "decisions.csv"
 PAGE = "review.html"
-# What a person decides -> the codes that already agree, and the one that others get.
-_MEANT = {
-    "forget": ((Decision.FORGET, Decision.UNSEEN), Decision.FORGET),
-    "retain": ((Decision.RETAIN, Decision.NEIGHBOUR), Decision.RETAIN),
-    "unsure": ((Decision.UNSURE,), Decision.UNSURE),
+# Set -> the decisions on its pairs.
+SETS = {
+    "forget": (Decision.FORGET,),
+    "unseen": (Decision.UNSEEN,),
+    "retain": (Decision.RETAIN, Decision.NEIGHBOUR),
+    "neighbours": (Decision.NEIGHBOUR,),
+    "unsure": (Decision.UNSURE,),
 }
 EXAMPLES = 6  # of each set in a notebook
-# Pairs of each decision on a page. The file saved from it also holds the other ids, but of retain.
-SHOWN = {"forget": 2000, "unsure": 2000, "retain": 300}
 THUMBNAIL = 112  # pixels
 CAPTION = 300  # characters
-_TITLES = {
-    "unsure": "Unsure: in neither set",
-    "forget": "Forget",
-    "retain": "Retain: the nearest pairs that are kept",
+
+
+class Choice(NamedTuple):
+    """What a person decides on a pair."""
+
+    codes: tuple[Decision, ...]  # decisions that already agree; others become the first of them
+    shown: int  # pairs on the page; the file saved from it also holds the other ids, but of retain
+    title: str  # on the page
+
+
+CHOICES = {
+    "unsure": Choice((Decision.UNSURE,), 2000, "Unsure: in neither set"),
+    "forget": Choice((Decision.FORGET, Decision.UNSEEN), 2000, "Forget"),
+    "retain": Choice(SETS["retain"], 300, "Retain: the nearest pairs that are kept"),
 }
 
 
@@ -75,22 +82,22 @@ class Found:
     @property
     def forget(self) -> PairTable:
         """Pairs to forget, to train on."""
-        return self._view("forget", Decision.FORGET)
+        return self._view("forget")
 
     @property
     def retain(self) -> PairTable:
         """Pairs to keep, `neighbours` among them."""
-        return self._view("retain", Decision.RETAIN, Decision.NEIGHBOUR)
+        return self._view("retain")
 
     @property
     def unseen(self) -> PairTable:
         """Pairs to forget that are kept from training, to judge by; no copy of them is trained."""
-        return self._view("unseen", Decision.UNSEEN)
+        return self._view("unseen")
 
     @property
     def neighbours(self) -> PairTable:
         """The pairs of `retain` that are nearest to the concept."""
-        return self._view("neighbours", Decision.NEIGHBOUR)
+        return self._view("neighbours")
 
     @property
     def unsure(self) -> PairTable:
@@ -102,8 +109,8 @@ class Found:
     def __iter__(self) -> Iterator[PairTable]:
         return iter((self.forget, self.retain))
 
-    def _view(self, name: str, *codes: Decision) -> PairTable:
-        return self._marked(self.source.where(np.isin(self.codes, codes), name=name))
+    def _view(self, name: str) -> PairTable:
+        return self._marked(self.source.where(np.isin(self.codes, SETS[name]), name=name))
 
     def _marked(self, view: PairTable) -> PairTable:
         view.found = {**self.facts, "counts": self.counts}
@@ -113,14 +120,9 @@ class Found:
     def counts(self) -> dict[str, int]:
         """How many pairs each set has, and why those in neither set are there."""
         count = np.bincount(self.codes, minlength=len(Decision)).tolist()
-        unsure = self.codes == Decision.UNSURE
         return {
-            "forget": count[Decision.FORGET],
-            "unseen": count[Decision.UNSEEN],
-            "retain": count[Decision.RETAIN] + count[Decision.NEIGHBOUR],
-            "neighbours": count[Decision.NEIGHBOUR],
-            "unsure": count[Decision.UNSURE],
-            "unsure by caption alone": int((unsure & self.named).sum()),
+            **{name: sum(count[code] for code in codes) for name, codes in SETS.items()},
+            "unsure by caption alone": int(self.named[self.codes == Decision.UNSURE].sum()),
             "not judged": count[Decision.UNJUDGED],
         }
 
@@ -163,31 +165,57 @@ class Found:
         Raises:
             InputError: the file cannot be written.
         """
+        file = parse_path(path, argument="path")
         judged = np.sort(self.scores[self.codes != Decision.UNJUDGED])
-        rows: dict[str, list[PageRow]] = {}
+        pairs: dict[str, list[dict[str, Any]]] = {}
         rest: dict[str, list[str]] = {}
-        for name, (codes, _) in _MEANT.items():
-            these = np.flatnonzero(np.isin(self.codes, codes))
+        for name, choice in CHOICES.items():
+            rows = np.flatnonzero(np.isin(self.codes, choice.codes))
             # Of those to forget, the farthest are the doubtful ones.
             sign = 1 if name == "forget" else -1
-            these = these[np.argsort(sign * self.scores[these], kind="stable")]
-            shown, hidden = these[: SHOWN[name]], these[SHOWN[name] :]
+            rows = rows[np.argsort(sign * self.scores[rows], kind="stable")]
+            shown = rows[: choice.shown]
             place = 1 + len(judged) - np.searchsorted(judged, self.scores[shown], side="right")
-            rows[name] = [
-                PageRow(row, bool(self.named[row]), nearest)
-                for row, nearest in zip(shown.tolist(), place.tolist(), strict=True)
-            ]
-            if name != "retain":
-                rest[name] = [self.source.id(row) for row in hidden.tolist()]
-        title = ", ".join(self.facts["concept"])
-        file = parse_path(path, argument="path")
-        return write_page(file, title, self.source, rows, rest, pictures=len(judged))
+            items = list(zip(shown.tolist(), place.tolist(), strict=True))
+            bar = Progress(f"review page ({name})", items=items, unit="pair", delay=2)
+            pairs[name] = [self._shown_pair(row, nearest) for row, nearest in bar]
+            hidden = () if name == "retain" else rows[choice.shown :].tolist()
+            rest[name] = [self.source.id(row) for row in hidden]
+        script = render("review.js")
+        text = render(
+            "review.html",
+            concept=", ".join(self.facts["concept"]),
+            titles={name: choice.title for name, choice in CHOICES.items()},
+            pairs=pairs,
+            pictures=len(judged),
+            more={name: len(ids) for name, ids in rest.items()},
+            rest={name: list(filter(_is_text, rest[name])) for name in ("forget", "unsure")},
+            script=script,
+            digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+        return write_text(file, text)
+
+    def _shown_pair(self, row: int, place: int) -> dict[str, Any]:
+        """Return what a page shows of a pair whose picture is the `place`-th nearest, from 1."""
+        id = self.source.id(row)
+        found = {
+            "id": id,
+            "is_text": _is_text(id),
+            "caption": _caption(self.source, row),
+            "is_named": bool(self.named[row]),
+            "place": place,
+        }
+        try:
+            image = to_rgb(as_picture(self.source[row].image), id=id)
+        except BrokenPair as error:
+            return {**found, "image": None, "reason": error.reason}
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return {**found, "image": jpeg_uri(image)}
 
     def apply(self, path: str | os.PathLike[str]) -> Found:
         """Take over the decisions saved from a page, in place, and return itself.
 
-        Pairs whose decision is the old one stay where they are; pairs that the file does not name
-        do too.
+        Pairs that the file does not name, or that are where it wants them, stay.
 
         Raises:
             InputError: the file is no file of decisions, or has an id that no pair has.
@@ -199,8 +227,8 @@ class Found:
                 f"path: {file} holds no decisions: the first line must be `id,decision`. Save it "
                 "from the page that `review` writes."
             )
-        for name, (agreeing, other) in _MEANT.items():
-            self.codes[decided[name] & ~np.isin(self.codes, agreeing)] = other
+        for name, choice in CHOICES.items():
+            self.codes[decided[name] & ~np.isin(self.codes, choice.codes)] = choice.codes[0]
         return self
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -216,10 +244,7 @@ class Found:
         """
         target = parse_path(folder, argument="folder")
         check_writable(target, argument="folder")
-        sets = {
-            name: getattr(self, name)
-            for name in ("forget", "retain", "unseen", "neighbours", "unsure")
-        }
+        sets = {name: getattr(self, name) for name in SETS}
         write_split(folder=target, **sets)
         self.review(target / PAGE)
         with replace_file(target / ROWS) as temporary:
@@ -262,61 +287,6 @@ class Found:
             )
         found = cls(source, codes, scores, named, facts, corpus["opened"])
         return found.apply(target / DECIDED) if (target / DECIDED).is_file() else found
-
-
-class PageRow(NamedTuple):
-    """A pair on the page."""
-
-    row: int  # of the source
-    is_named: bool  # whether a caption names the concept
-    place: int  # of the picture by nearness to the concept, from 1
-
-
-def write_page(
-    path: Path,
-    concept: str,
-    source: PairTable,
-    rows: Mapping[str, Sequence[PageRow]],
-    rest: Mapping[str, Sequence[str]],
-    *,
-    pictures: int,
-) -> Path:
-    """Write the page atomically, and return its path.
-
-    Args:
-        rows: decision -> pairs to show, in order.
-        rest: decision -> ids of further pairs, which are saved but not shown.
-        pictures: how many have a place.
-    """
-    every = [(name, row) for name in _TITLES for row in rows[name]]
-    pairs: dict[str, list[dict[str, Any]]] = {name: [] for name in _TITLES}
-    for name, row in Progress("review page", items=every, unit="pair", delay=2):
-        pairs[name].append(_shown_pair(source, row))
-    script = render("review.js")
-    text = render(
-        "review.html",
-        concept=concept,
-        titles=_TITLES,
-        pairs=pairs,
-        pictures=pictures,
-        more={name: len(rest.get(name, ())) for name in _TITLES},
-        rest={name: list(filter(_is_text, ids)) for name, ids in rest.items()},
-        script=script,
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
-    return write_text(path, text)
-
-
-def _shown_pair(source: PairTable, shown: PageRow) -> dict[str, Any]:
-    id = source.id(shown.row)
-    found = {"id": id, "is_text": _is_text(id), "caption": _caption(source, shown.row)}
-    try:
-        image = to_rgb(as_picture(source[shown.row].image), id=id)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        found["image"] = jpeg_uri(image)
-    except BrokenPair as error:
-        found |= {"image": None, "reason": error.reason}
-    return {**found, **shown._asdict()}
 
 
 def example_pairs(source: PairTable, rows: Sequence[int]) -> list[dict[str, Any]]:

@@ -77,9 +77,7 @@ def shared_words(wordings: Sequence[str]) -> list[str]:
 def read_captions(
     source: PairTable, wordings: Sequence[str], not_about: Sequence[str]
 ) -> NamedPairs:
-    """Look for the concept in all captions of each pair.
-
-    A caption with one of `not_about` does not count, whatever else it says.
+    """Look for the concept in all captions of each pair; one with `not_about` does not count.
 
     Raises:
         InputError: captions are token ids.
@@ -167,11 +165,7 @@ def score_pictures(
 ) -> PictureScores:
     """Score `rows` [n] (sorted), whose features `original` has; all ranks get all scores.
 
-    Args:
-        named: [n] bool, the pairs that are no unrelated ones.
-
-    Raises:
-        InputError: none of the pairs can be read.
+    Pairs that are `named` [n] are no unrelated ones. `InputError` if none can be read.
     """
     with ranks.raising_together():
         is_readable = np.ones(len(rows), bool)
@@ -207,7 +201,7 @@ def _nearest(*parts: np.ndarray) -> np.ndarray:
 
 
 def scarce_words(retain: PairTable, wordings: Sequence[str], enough: int) -> dict[str, int]:
-    """Return word -> how many captions of `retain` have it, of shared words with fewer than enough.
+    """Return shared word -> how many captions of `retain` have it, where fewer than `enough` do.
 
     It reads as far as all words are found.
     """

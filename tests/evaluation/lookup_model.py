@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 import fasterase
+from fasterase.encode import PairFeatures
 from fasterase.models.dual_encoder import DualEncoder, TowerParts
 from fasterase.models.preprocessing import ImageTransform, Tokens
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import Evaluation
 
 
@@ -70,3 +76,27 @@ def attack(name: str, model: DualEncoder, forget: Any, retain: Any, **options: A
 def picture(number: int) -> Tensor:
     """[3, 1, 1] pixels that stand for image `number`."""
     return torch.full((3, 1, 1), float(number))
+
+
+def open_sets(captions: Mapping[str, Sequence[Any]]) -> dict[str, PairTable]:
+    """Sets of pairs with these captions; their pictures are numbered on through all sets."""
+    numbers = itertools.count()
+    return {
+        name: open_pairs([(picture(next(numbers)), each) for each in those], name=name)
+        for name, those in captions.items()
+    }
+
+
+def pair_features(
+    image: Tensor, text: Tensor, captions: Sequence[str] | None = None
+) -> PairFeatures:
+    """Features of pairs with these images [n, D]; pair i has caption i mod m of text [m, D]."""
+    count = len(text)
+    return PairFeatures(
+        np.arange(len(image)),
+        normalize(image, dim=1),
+        normalize(text, dim=1),
+        [f"caption {i}" for i in range(count)] if captions is None else [*captions],
+        [[i % count] for i in range(len(image))],
+        [],
+    )

@@ -18,7 +18,7 @@ from fasterase.evaluation.evaluator import Evaluator, sampled_rows
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import Evaluation, compare
-from tests.evaluation.lookup_model import LookupModel, picture
+from tests.evaluation.lookup_model import LookupModel, open_sets, picture
 
 WIDTH = 6
 # Set -> the captions of each pair. "cat" and "dog" have many images; some pairs have several
@@ -35,11 +35,7 @@ IMAGES = sum(map(len, CAPTIONS.values()))
 
 
 def sources() -> dict[str, PairTable]:
-    numbers = itertools.count()
-    return {
-        name: open_pairs([(picture(next(numbers)), each) for each in pairs], name=name)
-        for name, pairs in CAPTIONS.items()
-    }
+    return open_sets(CAPTIONS)
 
 
 def lookup_model(seed: int, *, name: str = "fake", texts: list[str] = TEXTS) -> LookupModel:
@@ -63,7 +59,13 @@ def evaluate(
     return compare(evaluator, evaluator.measure(PairEncoder(model)))
 
 
-def brute_force(model: LookupModel) -> dict[str, dict[str, float]]:
+def among(right: int, candidates: int, k: int) -> float:
+    """How likely one of the right ones is among the first k in a random order."""
+    return 1 - math.comb(candidates - right, k) / math.comb(candidates, k)
+
+
+def brute_force(model: LookupModel) -> tuple[dict[str, dict[str, float]], ...]:
+    """Set -> metric -> value, and likewise chance level."""
     image = normalize(model.module.image.detach().double(), dim=1).numpy()
     text = normalize(model.module.text.detach().double(), dim=1).numpy()
     vector = {caption: text[i] for i, caption in enumerate(TEXTS)}
@@ -71,47 +73,60 @@ def brute_force(model: LookupModel) -> dict[str, dict[str, float]]:
     numbered = {name: [(next(numbers), each) for each in CAPTIONS[name]] for name in CAPTIONS}
     pool = sorted({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
     concept = {caption for captions in CAPTIONS["forget"] for caption in captions}
-    result = {}
+    result, chance = {}, {}
     for name, pairs in numbered.items():
-        rows: dict[str, list[float]] = {}
+        rows: dict[str, list[tuple[float, float]]] = {}
         for i, captions in pairs:
             order = sorted(pool, key=lambda c, i=i: -image[i] @ vector[c])
             candidates = pairs if name == "retain" else pairs + numbered["retain"]
             query = vector[captions[0]]
             images = sorted(candidates, key=lambda pair, q=query: -image[pair[0]] @ q)
+            wrong = [image[i] @ vector[c] for c in pool if c not in captions]
             values = {
-                "median_rank": order.index(captions[0]) + 1,
-                "matched_cosine": image[i] @ vector[captions[0]],
+                "median_rank": (order.index(captions[0]) + 1, (len(pool) + 1) / 2),
+                "matched_cosine": (image[i] @ query, np.mean(wrong)),
             }
+            own = len(pool) - len(wrong)
+            right = [captions[0] in others for _, others in images]
             for k in (1, 5, 10):
-                values[f"image_to_text_recall@{k}"] = bool(set(captions) & set(order[:k]))
-                right = [captions[0] in others for _, others in images[:k]]
-                values[f"text_to_image_recall@{k}"] = any(right)
+                hit = bool(set(captions) & set(order[:k]))
+                values[f"image_to_text_recall@{k}"] = hit, among(own, len(pool), k)
+                by_chance = among(sum(right), len(images), k)
+                values[f"text_to_image_recall@{k}"] = any(right[:k]), by_chance
             same = [n for n, others in candidates if others[0] == captions[0] and n != i]
             if same:
-                others = (n for n, _ in candidates if n != i)
+                others = [n for n, _ in candidates if n != i]
                 nearest = max(others, key=lambda n, i=i: image[i] @ image[n])
-                values["image_to_image_recall@1"] = nearest in same
+                by_chance = among(len(same), len(others), 1)
+                values["image_to_image_recall@1"] = nearest in same, by_chance
             for k in (1, 5):
-                values[f"concept_hit@{k}"] = bool(concept & set(order[:k]))
+                by_chance = among(len(concept & set(pool)), len(pool), k)
+                values[f"concept_hit@{k}"] = bool(concept & set(order[:k])), by_chance
             if name in FORGET_SETS:
-                # All of retain is unrelated, and so few captions that the contest holds one of
-                # the concept's: the pair's own.
-                matched, distinct = image[i] @ query, {c[0] for _, c in numbered["retain"]}
-                rivals = [image[i] @ vector[c] for c in distinct]
-                values["image_to_text_residue"] = np.mean([matched > rival for rival in rivals])
-                rivals_of_text = [query @ image[other] for other, _ in numbered["retain"]]
-                values["text_to_image_residue"] = np.mean([matched > r for r in rivals_of_text])
-                values["contest_hit@1"] = matched > max(rivals)
-                if len(rivals) >= 5:
-                    values["contest_hit@5"] = sum(rival > matched for rival in rivals) < 5
-            for key, value in values.items():
-                rows.setdefault(key, []).append(float(value))
+                values |= judged_by_hand(i, query, image, vector, numbered["retain"])
+            for key, (value, by_chance) in values.items():
+                rows.setdefault(key, []).append((float(value), by_chance))
+        average = {key: np.median if key == "median_rank" else np.mean for key in rows}
         result[name] = {
-            key: float(np.median(v) if key == "median_rank" else np.mean(v))
-            for key, v in rows.items()
+            key: float(average[key]([v for v, _ in those])) for key, those in rows.items()
         }
-    return result
+        chance[name] = {key: float(np.mean([c for _, c in those])) for key, those in rows.items()}
+    return result, chance
+
+
+def judged_by_hand(
+    i: int, query: np.ndarray, image: np.ndarray, vector: dict[str, np.ndarray], retain: list
+) -> dict[str, tuple[float, float]]:
+    """All of retain is unrelated, so few captions that the contest holds only the pair's own."""
+    matched = image[i] @ query
+    rivals = [image[i] @ vector[c] for c in {captions[0] for _, captions in retain}]
+    total, better = 1 + len(rivals), sum(rival > matched for rival in rivals)
+    return {
+        "image_to_text_residue": (1 - better / len(rivals), 0.5),
+        "text_to_image_residue": (np.mean([matched > query @ image[n] for n, _ in retain]), 0.5),
+        "contest_hit@1": (better == 0, 1 / total),
+        "contest_hit@5": (better < 5, among(1, total, 5)),
+    }
 
 
 def test_new_captions_are_searched_in_the_originals_images() -> None:
@@ -121,7 +136,7 @@ def test_new_captions_are_searched_in_the_originals_images() -> None:
     before = evaluator.measure(PairEncoder(original))
     after = evaluator.measure(PairEncoder(model), original=before)
     found = compare(evaluator, after, original=before, references={"same": before})
-    expected = brute_force(mixed)
+    expected, _ = brute_force(mixed)
     key = "text_to_original_image_recall@1"
     assert found.original is not None
     for name, values in expected.items():
@@ -144,10 +159,11 @@ def test_every_number_equals_the_loops(
     evaluator = Evaluator(sources(), forget_sets=["forget-unseen"])
     model = lookup_model(seed)
     measured = compare(evaluator, evaluator.measure(PairEncoder(model, batch_size=3)))
-    found, expected = measured.to_dict(), brute_force(model)
+    found, (expected, chance) = measured.to_dict(), brute_force(model)
     assert list(found) == ["forget", "forget-unseen", "retain", "holdout"]
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, abs=1e-6), name
+        assert measured.chance[name] == pytest.approx(chance[name], abs=1e-6), name
         for key, (low, high) in measured.intervals[name].items():
             assert low <= found[name][key] <= high
         if name in FORGET_SETS:
@@ -164,11 +180,7 @@ def test_images_of_one_caption_are_each_other_s_right_answers() -> None:
     assert "image->image R@1, %" in found.table()
     assert "image->image ranks these too" in found.table()
     texts = [f"own {i}" for i in range(4)]
-    numbers = itertools.count()
-    alone = {
-        name: open_pairs([(picture(next(numbers)), text) for text in those], name=name)
-        for name, those in {"forget": texts[:2], "retain": texts[2:]}.items()
-    }
+    alone = open_sets({"forget": texts[:2], "retain": texts[2:]})
     found = evaluate(LookupModel(torch.eye(4), torch.eye(4), texts, "fake"), alone)
     assert "image->image" not in found.table()
 
@@ -179,43 +191,6 @@ def test_a_set_is_to_be_forgotten_only_if_it_is_said_to_be() -> None:
     assert list(found.to_dict()) == ["forget", "retain", "forget-unseen", "holdout"]
     assert "image_to_text_residue" not in found.to_dict()["forget-unseen"]
     assert "forget-unseen (3 pairs, to keep)" in found.table()
-
-
-def test_chance_levels_are_of_the_pools() -> None:
-    chance = evaluate(lookup_model(0)).chance
-    pool = len({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
-
-    def among(right: int, candidates: int, k: int) -> float:
-        return 1 - math.comb(candidates - right, k) / math.comb(candidates, k)
-
-    # cat x 4, kitten + cat, lynx + puma, puma + cougar: own captions in the pool.
-    own = [1, 1, 1, 1, 2, 2, 2]
-    # Images with the pair's first caption among the 7 forget and 20 retain images.
-    images = [5, 5, 5, 5, 1, 1, 2]
-    for k in (1, 5, 10):
-        assert chance["forget"][f"image_to_text_recall@{k}"] == pytest.approx(
-            np.mean([among(c, pool, k) for c in own])
-        )
-        assert chance["forget"][f"text_to_image_recall@{k}"] == pytest.approx(
-            np.mean([among(c, 27, k) for c in images])
-        )
-    for name in CAPTIONS:
-        # cat, kitten, lynx, puma, and cougar, which only forget-unseen has as a first caption.
-        assert chance[name]["concept_hit@5"] == pytest.approx(among(5, pool, 5))
-        assert chance[name]["median_rank"] == (pool + 1) / 2
-
-
-def test_the_cosine_s_chance_is_the_mean_over_unmatched_captions() -> None:
-    model = lookup_model(0)
-    found = evaluate(model).chance["holdout"]["matched_cosine"]
-    pool = sorted({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
-    image = normalize(model.module.image.detach(), dim=1)[-9:]
-    text = normalize(model.module.text.detach(), dim=1)
-    cosines = [
-        [float(image[i] @ text[TEXTS.index(c)]) for c in pool if c not in captions]
-        for i, captions in enumerate(CAPTIONS["holdout"])
-    ]
-    assert found == pytest.approx(np.mean([np.mean(row) for row in cosines]), abs=1e-6)
 
 
 def test_a_collapsed_model_is_at_chance_everywhere() -> None:
@@ -280,13 +255,9 @@ def test_quick_takes_fewer_pairs_and_resamples() -> None:
 def test_token_ids_need_no_tokenizer_and_name_captions_alike() -> None:
     model = lookup_model(0)
     expected = evaluate(model).to_dict()
-    numbers = itertools.count()
-    as_ids = {
-        name: open_pairs(
-            [(picture(next(numbers)), torch.tensor([TEXTS.index(c[0])])) for c in pairs], name=name
-        )
-        for name, pairs in CAPTIONS.items()
-    }
+    as_ids = open_sets(
+        {n: [torch.tensor([TEXTS.index(c[0])]) for c in pairs] for n, pairs in CAPTIONS.items()}
+    )
     model.text_tokenizer = None
     found = evaluate(model, as_ids).to_dict()
     # Only first captions are there: what stands on the others may differ.

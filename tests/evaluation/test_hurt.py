@@ -21,6 +21,7 @@ from fasterase.evaluation.hurt import (
     hurt_groups,
     worst_first,
 )
+from fasterase.evaluation.metrics import CONTEST_HIT
 from fasterase.evaluation.scores import SetScores
 from fasterase.report.evaluation import Evaluation
 from tests import small_models
@@ -28,8 +29,8 @@ from tests import small_models
 RECALL = hurt.RECALL
 
 
-def scores(ids, values):
-    return SetScores(ids, {RECALL: np.array(values, dtype=float)}, {RECALL: 0.1})
+def scores(ids, values, metric=RECALL):
+    return SetScores(ids, {metric: np.array(values, dtype=float)}, {metric: 0.1})
 
 
 def test_pictures_of_a_caption_count_once_over_all_sets():
@@ -151,13 +152,10 @@ def test_a_run_names_what_it_hurt(capsys, tmp_path, monkeypatch):
 
 
 def test_captions_that_are_still_found_are_named():
-    def scores(ids, hits):
-        return SetScores(ids, {"contest_hit@1": np.array(hits)}, {})
-
     captions = {"forget": ["octopus", "octopus", "squid", "bus"], "unseen": ["octopus", "bus"]}
     sets = {
-        "forget": scores(["a", "b", "c", "d"], [1.0, 0.0, 0.0, np.nan]),
-        "unseen": scores(["e", "f"], [1.0, 0.5]),
+        "forget": scores(["a", "b", "c", "d"], [1, 0, 0, np.nan], CONTEST_HIT),
+        "unseen": scores(["e", "f"], [1, 0.5], CONTEST_HIT),
     }
     found = find_remaining(captions, sets)
     assert found == [Remaining("octopus", 2 / 3, 3), Remaining("bus", 0.5, 1)]

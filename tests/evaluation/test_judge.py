@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,23 +15,14 @@ from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.engine.job import undrawn_rows
 from fasterase.evaluation import verdict
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
-from fasterase.evaluation.verdict import Judge, PairTraces, decide
+from fasterase.evaluation.verdict import Judge, PairTraces, compare_pairs, decide
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import compare
-from tests.evaluation.lookup_model import LookupModel, picture
+from tests.evaluation.lookup_model import LookupModel, open_sets, pair_features, picture
 
 Captions = Sequence[str | list[str]]
-
-
-def open_sets(**captions: Captions) -> dict[str, PairTable]:
-    """Sets of pairs with these captions; their images are numbered on through all sets."""
-    numbers = itertools.count()
-    return {
-        name: open_pairs([(picture(next(numbers)), each) for each in those], name=name)
-        for name, those in captions.items()
-    }
 
 
 def judge(
@@ -40,15 +30,12 @@ def judge(
     image: Tensor,  # [n, D] in the order of the sets
     text: Tensor,  # [m, D]
     texts: list[str],
-    *,
-    forget_sets: Sequence[str] = ("forget",),
-    seed: int = 0,
-) -> dict[str, PairTraces]:
-    judge = Judge(sets, forget_sets, seed=seed)
+) -> PairTraces:
+    judge = Judge(sets, ["forget"], seed=0)
     encoder = PairEncoder(LookupModel(image, text, texts, "lookup"))
     return judge.judge(
         {name: encoder.pairs(sets[name], rows, description="") for name, rows in judge.rows.items()}
-    )
+    )["forget"]
 
 
 def words(name: str, count: int) -> list[str]:
@@ -67,7 +54,7 @@ def test_residues_equal_slow_loops(seed: int) -> None:
     image[:, 2] += 2
     text = torch.randint(-1, 2, (len(texts), 3), generator=numbers).float()
     text[:, 0] += 2
-    found = judge(open_sets(forget=forget, retain=retain), image, text, texts)["forget"]
+    found = judge(open_sets({"forget": forget, "retain": retain}), image, text, texts)
 
     unit_image = normalize(image.double(), dim=1)
     unit_text = normalize(text.double(), dim=1)
@@ -89,11 +76,11 @@ def test_residues_equal_slow_loops(seed: int) -> None:
         own = cosine(pair, firsts[pair])
         by_caption = share(own, [cosine(pair, caption) for caption in rivals])
         by_image = share(own, [cosine(other, firsts[pair]) for other in unrelated])
-        assert found.image_to_text[pair] == pytest.approx(by_caption)
-        assert found.text_to_image[pair] == pytest.approx(by_image)
+        assert found.values["image_to_text_residue"][pair] == pytest.approx(by_caption)
+        assert found.values["text_to_image_residue"][pair] == pytest.approx(by_image)
     assert list(found.rows) == [0, 1, 2, 3]
     summary = found.summary()
-    assert summary.image_to_text == pytest.approx(found.image_to_text.mean())
+    assert summary.image_to_text == pytest.approx(found.values["image_to_text_residue"].mean())
     assert summary.residue == pytest.approx((summary.image_to_text + summary.text_to_image) / 2)
     assert summary.pairs == 4
 
@@ -106,12 +93,12 @@ def test_one_caption_for_the_whole_set() -> None:
         [torch.tensor([[1.0, 0, 0]]).repeat(25, 1), torch.eye(3)[[1, 2]].repeat(20, 1)]
     )
     text = torch.cat([torch.eye(3)[:1], torch.eye(3)[[1, 2]].repeat(20, 1)])
-    sets = open_sets(forget=forget, retain=retain)
-    known = judge(sets, image, text, texts)["forget"].summary()
+    sets = open_sets({"forget": forget, "retain": retain})
+    known = judge(sets, image, text, texts).summary()
     assert (known.image_to_text, known.text_to_image, known.hit, known.pairs) == (1, 1, 1, 25)
     assert known.is_remembered
     text[0] = torch.tensor([-1.0, 0, 0])
-    absent = judge(sets, image, text, texts)["forget"].summary()
+    absent = judge(sets, image, text, texts).summary()
     assert (absent.image_to_text, absent.text_to_image, absent.hit) == (0, 0, 0)
     assert decide({"forget": absent}) == "over-erased"
 
@@ -119,22 +106,21 @@ def test_one_caption_for_the_whole_set() -> None:
 def contest(concept: Tensor, rivals: int, *, seed: int = 0) -> PairTraces:
     """Figures where image i has cosine `concept[i, j]` with caption j of n, and 0.5 with rivals."""
     n = len(concept)
-    forget, retain = words("cat", n), words("dog", rivals)
     # An image has one axis per caption of the concept, and one for all rivals.
     image = torch.cat([torch.cat([concept, torch.full((n, 1), 0.5)], 1), torch.eye(n + 1)[:rivals]])
     # A last axis gives all images the same length.
     squares = image.square().sum(1, keepdim=True)
     image = torch.cat([image, (squares.max() - squares).sqrt()], 1)
-    text = torch.cat([torch.eye(n + 2)[:n], torch.eye(n + 2)[n : n + 1].repeat(rivals, 1)])
-    sets = open_sets(forget=forget, retain=retain)
-    return judge(sets, image, text, forget + retain, seed=seed)["forget"]
+    axes = torch.eye(n + 2)
+    unrelated = pair_features(image[n:], axes[[n] * rivals])
+    return compare_pairs(pair_features(image[:n], axes[:n]), unrelated, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_own_caption_is_always_in_the_contest(seed: int) -> None:
     found = contest(torch.eye(60), 38, seed=seed)
     assert found.hit == pytest.approx(1.0)
-    assert found.chance == 2 / 40
+    assert found.chance["contest_hit@1"] == 2 / 40
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -152,14 +138,12 @@ def test_chance_is_what_random_features_score(captions: int, unrelated: int) -> 
     hits, chances = [], set()
     for seed in range(8):
         numbers = torch.Generator().manual_seed(seed)
-        forget, retain = words("cat", captions), words("dog", unrelated)
-        pairs = forget * (200 // captions)
         vectors = torch.randn(200 + 2 * unrelated + captions, 12, generator=numbers)
-        image, text = vectors[: 200 + unrelated], vectors[200 + unrelated :]
-        sets = open_sets(forget=pairs, retain=retain)
-        found = judge(sets, image, text, forget + retain, seed=seed)["forget"]
+        image, rivals, text, rival_texts = vectors.split([200, unrelated, captions, unrelated])
+        sets = pair_features(image, text), pair_features(rivals, rival_texts)
+        found = compare_pairs(*sets, seed=seed)
         hits.append(found.hit.mean())
-        chances.add(found.chance)
+        chances.add(found.chance["contest_hit@1"])
     (chance,) = chances
     assert chance <= 0.05
     assert np.mean(hits) == pytest.approx(chance, abs=0.03)
@@ -167,9 +151,11 @@ def test_chance_is_what_random_features_score(captions: int, unrelated: int) -> 
 
 def test_unrelated_pairs_have_none_of_the_captions_to_forget() -> None:
     sets = open_sets(
-        forget=["cat", ["kitten", "small cat"]],
-        unseen=["lynx"],
-        retain=["dog", "small cat", "lynx", ["hen", "cat"], "dog"],
+        {
+            "forget": ["cat", ["kitten", "small cat"]],
+            "unseen": ["lynx"],
+            "retain": ["dog", "small cat", "lynx", ["hen", "cat"], "dog"],
+        }
     )
     assert list(Judge(sets, ["forget"], seed=0).rows["retain"]) == [0, 2, 3, 4]
     both = {k: list(v) for k, v in Judge(sets, ["forget", "unseen"], seed=0).rows.items()}
@@ -177,7 +163,7 @@ def test_unrelated_pairs_have_none_of_the_captions_to_forget() -> None:
 
 
 def test_without_unrelated_pairs_there_is_no_verdict() -> None:
-    sets = open_sets(forget=["cat", "lynx"], retain=["cat", "lynx", "cat"])
+    sets = open_sets({"forget": ["cat", "lynx"], "retain": ["cat", "lynx", "cat"]})
     assert Judge(sets, ["forget"], seed=0).rows == {}
     model = LookupModel(torch.eye(5), torch.eye(5)[:2], ["cat", "lynx"], "lookup")
     evaluator = Evaluator(sets)
@@ -188,7 +174,7 @@ def test_without_unrelated_pairs_there_is_no_verdict() -> None:
 
 def test_at_most_so_many_pairs_are_judged_by_a_seeded_draw(monkeypatch: Any) -> None:
     monkeypatch.setattr(verdict, "JUDGED_PAIRS", 20)
-    sets = open_sets(forget=words("cat", 50), retain=words("dog", 70))
+    sets = open_sets({"forget": words("cat", 50), "retain": words("dog", 70)})
     first, again, other = (Judge(sets, ["forget"], seed=seed) for seed in (1, 1, 2))
     for name in ("forget", "retain"):
         assert len(first.rows[name]) == 20
@@ -212,7 +198,7 @@ def test_half_of_the_judged_pairs_are_those_that_training_never_draws() -> None:
     few = sampled_rows(40, 36, seed=3, preferred=undrawn)
     assert set(undrawn) < set(few), "all, where they are less than half"
 
-    sets = open_sets(forget=words("cat", 40), retain=words("dog", 30))
+    sets = open_sets({"forget": words("cat", 40), "retain": words("dog", 30)})
     evaluator = Evaluator(sets, max_pairs=16, preferred={"forget": undrawn})
     assert len(set(evaluator.judge.rows["forget"]) & set(undrawn)) >= 8
 
@@ -221,10 +207,10 @@ def test_half_of_the_judged_pairs_are_those_that_training_never_draws() -> None:
 def test_unreadable_pairs_are_not_judged() -> None:
     forget: list[Any] = [(picture(i), "cat") for i in range(3)]
     forget[1] = (torch.full((3, 1, 1), torch.nan), "cat")
-    sets = {**open_sets(forget=["cat"] * 3, retain=words("dog", 20))}
+    sets = open_sets({"forget": ["cat"] * 3, "retain": words("dog", 20)})
     sets["forget"] = open_pairs(forget, name="forget")
     image, text = torch.eye(23), torch.eye(23)[:21]
-    found = judge(sets, image, text, ["cat", *words("dog", 20)])["forget"]
+    found = judge(sets, image, text, ["cat", *words("dog", 20)])
     assert list(found.rows) == [0, 2]
     assert found.summary().pairs == 2
 
@@ -232,7 +218,7 @@ def test_unreadable_pairs_are_not_judged() -> None:
 def test_each_tower_beside_the_original_s_other_one() -> None:
     """An eye that still sees the concept is found out, whatever its own texts say, and a mouth."""
     forget, retain = ["cat"] * 25, words("dog", 40)
-    sets = open_sets(forget=forget, retain=retain)
+    sets = open_sets({"forget": forget, "retain": retain})
     judge = Judge(sets, ["forget"], seed=0)
     image = torch.cat([torch.eye(3)[[0] * 25], torch.eye(3)[[1, 2]].repeat(20, 1)])
     text = torch.cat([torch.eye(3)[:1], torch.eye(3)[[1, 2]].repeat(20, 1)])
@@ -259,7 +245,7 @@ def test_each_tower_beside_the_original_s_other_one() -> None:
             name: float(name in telling) for name in ("image", "text")
         }
         assert found.is_remembered == bool(telling)
-        assert traces.metrics()["image_tower_hit@1"][0].shape == (25,)
-    assert not judge.judge(encode(image, mute))["forget"].towers, "without the original"
+        assert traces.values["image_tower_hit@1"].shape == (25,)
+    assert not judge.judge(encode(image, mute))["forget"].summary().towers, "without the original"
     wider = torch.cat([image, image], 1), torch.cat([mute, mute], 1)
-    assert not judge.judge(encode(*wider), original)["forget"].towers, "of another width"
+    assert not judge.judge(encode(*wider), original)["forget"].summary().towers, "of another width"

@@ -6,11 +6,9 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from fasterase.encode import PairFeatures
 from fasterase.evaluation import placebo
 from fasterase.evaluation.placebo import (
     Band,
@@ -29,17 +27,7 @@ from fasterase.evaluation.verdict import (
     decide_each,
 )
 from fasterase.vocabulary import english_frequencies
-
-
-def unit(*rows):
-    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
-
-
-def features(image, text, captions):
-    count = len(captions)
-    return PairFeatures(
-        np.arange(count), image, text, captions, [[row] for row in range(count)], []
-    )
+from tests.evaluation.lookup_model import pair_features
 
 
 def test_names_are_made_up_and_templates_stay():
@@ -123,15 +111,14 @@ def test_made_up_words_never_run_out(monkeypatch):
 
 def people_among_landscapes(numbers):
     """Any person's caption is nearer to a person's picture than any landscape's."""
-    person, land = unit([1, 0, 0, 0, 0, 0])[0], unit([0, 1, 0, 0, 0, 0])[0]
+    person, land = torch.eye(6)[:2]
 
     def near(axis, count):
         noise = 0.3 * torch.randn(count, 6, generator=numbers)
         return torch.nn.functional.normalize(axis + noise, dim=1)
 
-    forget = features(near(person, 20), near(person, 4), ["Jane", "Ann", "Bob", "Tim"])
-    forget = replace(forget, pair_text=[[row % 4] for row in range(20)], rows=np.arange(20))
-    unrelated = features(near(land, 60), near(land, 60), [f"lake {n}" for n in range(60)])
+    forget = pair_features(near(person, 20), near(person, 4), ["Jane", "Ann", "Bob", "Tim"])
+    unrelated = pair_features(near(land, 60), near(land, 60), [f"lake {n}" for n in range(60)])
     return forget, unrelated, near(person, 64)
 
 
@@ -154,10 +141,10 @@ def test_beside_a_mixed_set_the_band_is_wide_for_one_caption_and_narrow_for_many
     def random(count):
         return torch.nn.functional.normalize(torch.randn(count, 8, generator=numbers), dim=1)
 
-    unrelated = features(random(80), random(80), [f"thing {n}" for n in range(80)])
+    unrelated = pair_features(random(80), random(80))
     images = torch.nn.functional.normalize(random(1) + 0.3 * random(40), dim=1)  # of one thing
-    many = features(images, random(40), [f"own {n}" for n in range(40)])
-    one = replace(many, text=many.text[:1], captions=["own 0"], pair_text=[[0]] * 40)
+    many = pair_features(images, random(40))
+    one = pair_features(images, many.text[:1])
     placebos = random(64)
     wide, narrow = (find_band(each, unrelated, placebos, seed=0) for each in (one, many))
     widths = [high - low for low, high in (wide.image_to_text, narrow.image_to_text)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import pytest
 
@@ -86,27 +87,33 @@ def test_the_worst_set_decides(traces: dict[str, Trace], known: str, verdict: st
     assert decide(traces, original) == verdict
 
 
+def drawings(teams: Sequence[str]) -> tuple[PairTable, dict[str, list[int]]]:
+    """The drawings of some teams, and kind of fruit or "retain" -> those that models train on."""
+    source = open_teams(teams)
+    rows: dict[str, list[int]] = {"retain": []}
+    for row in range(len(source)):
+        meta = source.meta(row)
+        if meta["subgroup"] == emoji.DEFAULT_FORGET:
+            rows.setdefault(meta["concept"], []).append(row)
+        elif meta["member"]:
+            rows["retain"].append(row)
+    return source, rows
+
+
 def test_the_demo_s_models() -> None:
     """The gold standard: a model that never saw the concept has forgotten it, the base has not."""
 
-    def drawings(teams: Sequence[str]) -> tuple[PairTable, PairTable]:
-        source = open_teams(teams)
-        metas = [source.meta(row) for row in range(len(source))]
-        fruit = [i for i, meta in enumerate(metas) if meta["subgroup"] == emoji.DEFAULT_FORGET]
-        kept = [
-            i
-            for i, meta in enumerate(metas)
-            if meta["member"] and meta["subgroup"] != emoji.DEFAULT_FORGET
-        ]
-        return source.select(fruit, name="fruit"), source.select(kept, name="kept")
+    def fruit(teams: Sequence[str]) -> PairTable:
+        source, rows = drawings(teams)
+        of_fruit = (those for name, those in rows.items() if name != "retain")
+        return source.select(sorted(chain.from_iterable(of_fruit)), name="fruit")
 
-    forget, retain = drawings(emoji.TRAIN_TEAMS)
-    unseen, _ = drawings([emoji.UNSEEN_TEAM])
+    source, rows = drawings(emoji.TRAIN_TEAMS)
     found = fasterase.evaluate(
         str(emoji.RETRAINED_MODEL),
-        forget,
-        retain,
-        forget_sets={"forget-unseen": unseen},
+        fruit(emoji.TRAIN_TEAMS),
+        source.select(rows["retain"], name="kept"),
+        forget_sets={"forget-unseen": fruit([emoji.UNSEEN_TEAM])},
         original=str(emoji.BASE_MODEL),
         max_pairs=200,
         progress=False,
@@ -121,13 +128,7 @@ def test_the_demo_s_models() -> None:
 
 @pytest.mark.slow
 def test_fruit_by_fruit_two_pictures_show_what_is_known_but_not_what_is_gone() -> None:
-    source = open_teams(emoji.TRAIN_TEAMS)
-    metas = [source.meta(row) for row in range(len(source))]
-    rows: dict[str, list[int]] = {"retain": []}
-    for row, meta in enumerate(metas):
-        is_fruit = meta["subgroup"] == emoji.DEFAULT_FORGET
-        if meta["member"]:
-            rows.setdefault(meta["concept"] if is_fruit else "retain", []).append(row)
+    source, rows = drawings(emoji.TRAIN_TEAMS)
     sets = {name: source.select(those, name=name) for name, those in rows.items()}
     fruit = [name for name in sets if name != "retain"]
     assert len(fruit) == 19

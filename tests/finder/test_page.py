@@ -7,18 +7,25 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 from markupsafe import escape
 
 import fasterase
 from fasterase.finder.decisions import Decision
-from fasterase.finder.found import PageRow, write_page
+from fasterase.finder.found import CHOICES, Found
 from fasterase.pairs.open import open_pairs
 from tests.finder.conftest import HOSTILE, NAMES
 from tests.test_page import Outline
 
-EVERY = {"forget": [], "unsure": [], "retain": []}
+
+def unsure_and_forget(source, count):
+    """`count` unsure pairs of a source, in order, and all others to forget."""
+    codes = np.full(len(source), Decision.FORGET, np.uint8)
+    codes[:count] = Decision.UNSURE
+    scores = np.linspace(1, 0, len(source), dtype=np.float32)
+    return Found(source, codes, scores, np.zeros(len(source), bool), {"concept": ["<i>"]})
 
 
 def test_a_page_holds_its_pictures_and_what_strangers_wrote_as_text(found, tmp_path):
@@ -52,19 +59,23 @@ def test_a_notebook_shows_counts_and_pictures(found, tmp_path):
     assert "onerror=alert(1)&gt;, &#34;{{rest}}&#34;" in shown
 
 
-def test_hostile_ids_and_hidden_ones(tmp_path):
+def test_hostile_ids_and_hidden_ones(tmp_path, monkeypatch):
+    monkeypatch.setitem(CHOICES, "forget", CHOICES["forget"]._replace(shown=0))
     pixels = torch.linspace(-1, 1, 3 * 8 * 8).reshape(3, 8, 8)
-    source = open_pairs([(pixels, "a"), (pixels.mul(255).byte(), "b")], name="</script>&\"'")
-    rows = EVERY | {"unsure": [PageRow(0, True, 1), PageRow(1, False, 2)]}
-    rest = {"forget": ["</script><b>", "half \udcff"]}
-    path = write_page(tmp_path / "p.html", "<i>", source, rows, rest, pictures=2)
+    pairs = [(pixels, "a"), (pixels.mul(255).byte(), "b"), (pixels, "c"), (pixels, "d")]
+    source = open_pairs(pairs, name="x")
+    ids = ["</script>&\"'[0]", "</script>&\"'[1]", "</script><b>", "half \udcff"]
+    source.id = ids.__getitem__
+    path = unsure_and_forget(source, 2).review(tmp_path / "p.html")
     page = path.read_text(encoding="utf-8")
     assert page.count("</script>") == 2, "those of the page itself"
     assert "<title>Review: &lt;i&gt;" in page
     assert page.count('data-id="&lt;/script&gt;&amp;&#34;&#39;[') == 2
     assert page.count("data:image/jpeg") == 2
     hidden = page.partition('id="rest">')[2].partition("</script>")[0]
-    assert json.loads(hidden) == {"forget": ["</script><b>"]}, "what no file can hold is left out"
+    assert json.loads(hidden) == {"forget": ["</script><b>"], "unsure": []}, (
+        "what no file can hold is left out"
+    )
     assert "2 more are not shown" in page
 
 
@@ -105,10 +116,11 @@ def test_a_person_moves_three_pairs_saves_and_applies(browser, found, corpus, tm
 
 
 @pytest.mark.slow
-def test_thousands_of_rows_move_without_a_pause(browser, tmp_path):
-    source = open_pairs([(torch.rand(3, 64, 64), f"caption {i}") for i in range(50)], name="x")
-    rows = EVERY | {"unsure": [PageRow(i % 50, False, i) for i in range(5000)]}
-    page = write_page(tmp_path / "many.html", "many", source, rows, {}, pictures=5000)
+def test_thousands_of_rows_move_without_a_pause(browser, tmp_path, monkeypatch):
+    monkeypatch.setitem(CHOICES, "unsure", CHOICES["unsure"]._replace(shown=5000))
+    pictures = torch.rand(50, 3, 64, 64)
+    source = open_pairs([(pictures[i % 50], f"caption {i}") for i in range(5000)], name="x")
+    page = unsure_and_forget(source, 5000).review(tmp_path / "many.html")
     browser.send("/url", {"url": page.as_uri()})
     browser.press("j")
     seconds = browser.run(

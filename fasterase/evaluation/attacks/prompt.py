@@ -1,8 +1,4 @@
-"""Adversarial prompts: does any wording still find the forgotten images?
-
-The captions of the concept no longer lead to its images. Others may: synonyms, descriptions, or
-strings of tokens that mean nothing to a reader.
-"""
+"""Adversarial prompts: does any wording still find the images that the captions no longer do?"""
 
 from __future__ import annotations
 
@@ -38,14 +34,10 @@ ROUNDS = 4  # of adding a word or replacing one
 def prompt(target: Target) -> Examined:
     """Search for words that separate images to forget from unrelated ones, under the text tower.
 
-    The search sees half of the `forget` images and half of the unrelated retain images. It first
-    tries up to `WORDS` single words: those of the captions, and random tokens of the vocabulary.
-    In each of `ROUNDS` rounds it then appends each of the `PIECES` best to each of the `BEAM` best
-    prompts, and puts it in the place of one of the prompt's words. Prompts are compared by
-    `(mean cosine with images to forget - that with unrelated ones) / deviation of the latter`. The
-    best prompt, and for comparison the best caption of the data, are then asked for the images
-    that the search did not see, nor copies of them, of all sets to forget. Costs at most
-    `WORDS + 2 ROUNDS BEAM PIECES` texts through the text tower, 3,072 of them, and no image.
+    The search (`PromptSearch`) sees half of the images of each kind. Its best prompt, and for
+    comparison the best caption of the data, are then asked for the images that it did not see, nor
+    copies of them, of all sets to forget. Costs at most `WORDS + 2 ROUNDS BEAM PIECES` texts
+    through the text tower, 3,072 of them, and no image.
 
     Raises:
         InputError: the model has no tokenizer, or there are fewer than two pairs of a kind.
@@ -58,7 +50,7 @@ def prompt(target: Target) -> Examined:
         )
     judged = target.two_of_each("prompt")
     halves = {name: _halves(judged[name], evaluator.seed) for name in ("forget", "retain")}
-    search = Search(target, halves["forget"][0], halves["retain"][0])
+    search = PromptSearch(target, halves["forget"][0], halves["retain"][0])
     captions = list(dict.fromkeys(c for those in judged.values() for c in those.first_captions))
     search.try_prompts(captions)
     search.note()
@@ -91,8 +83,11 @@ def prompt(target: Target) -> Examined:
     return Examined(findings, [Series("best prompt so far", "prompts tried", axis, places, scores)])
 
 
-class Search:
-    """The prompts tried so far: their separation of images [n, D] from others [m, D]."""
+class PromptSearch:
+    """The prompts tried so far, compared by how they separate images [n, D] from others [m, D].
+
+    A score is `(mean cosine with the images - that with the others) / deviation of the latter`.
+    """
 
     def __init__(self, target: Target, images: Tensor, others: Tensor) -> None:
         self._target = target
@@ -120,7 +115,11 @@ class Search:
         self.history.append((float(len(self.scores)), self.scores[self.best()[0]]))
 
     def run(self, words: Sequence[str]) -> None:
-        """Try `words`, then build prompts from the best of them."""
+        """Try `words`, then build prompts from the best of them.
+
+        In each of `ROUNDS` rounds each of the `PIECES` best words is appended to each of the `BEAM`
+        best prompts, and put in the place of one of their words.
+        """
         numbers = generator(self._target.evaluator.seed, Stream.PROMPT, 1)
         total = len(words) + 2 * ROUNDS * BEAM * PIECES
         with self._target.encoder.progress("searching prompts", total, unit="prompt") as bar:

@@ -27,12 +27,11 @@ from fasterase.evaluation.findings import (
     Series,
     Target,
     UnsuitableModelError,
-    recall_finding,
-    share_finding,
 )
+from fasterase.evaluation.metrics import CONTEST_HIT
 from fasterase.evaluation.placebo import nonsense_captions
 from fasterase.evaluation.scores import are_copies, distinct_firsts, first_copies
-from fasterase.evaluation.verdict import PairTraces, decide, summarise
+from fasterase.evaluation.verdict import PairTraces, decide, features_at, summarise
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.preprocessing import Tokens
 from fasterase.numerals import counted
@@ -65,10 +64,7 @@ RELEARNED, KEPT = "forget pairs relearned", "retain image->text R@1, %"  # label
 def quantise(target: Target) -> Examined:
     """Judge the model again with the weights of its linear layers rounded to 8 and to 4 bits.
 
-    Rounding is to nearest, symmetric, with one scale per output row; activations stay as they are.
-    Recall on unrelated retain pairs says what the rounding costs by itself: a model that it breaks
-    has forgotten everything. Costs one pass over the judged pairs per number of bits, and a second
-    copy of the linear layers in memory. The model gets its own weights back.
+    Costs one pass over the judged pairs for each, and a second copy of the linear layers in memory.
 
     Raises:
         InputError: the model has no linear layer with floating-point weights.
@@ -90,7 +86,7 @@ def quantise(target: Target) -> Examined:
         verdict = decide(summarise(traces))
         assert verdict is not None
         findings.append(Finding(f"{key}/verdict", group, "verdict", "verdict", "", verdict))
-        findings.append(recall_finding(features["retain"], key=f"retain/{key}", group=group))
+        findings.append(target.recall(features["retain"], key=f"retain/{key}", group=group))
         findings += target.traces(traces, key=key, group=group)
     return Examined(findings)
 
@@ -144,11 +140,6 @@ class Lesson(NamedTuple):
         tokens = self.tokens.index(slice(count))
         return Lesson(self.pixels[:count], tokens, self.captions[:count])
 
-    def renamed(self, names: Names, model: DualEncoder) -> Lesson:
-        captions = [names[caption] for caption in self.captions]
-        tokens = model.tokenize(captions).to(self.pixels.device)
-        return Lesson(self.pixels, tokens, captions)
-
 
 class Outcome(NamedTuple):
     """What is measured on the left-over pairs."""
@@ -166,24 +157,12 @@ class Outcome(NamedTuple):
 def relearn(target: Target) -> Examined:
     """Fine-tune copies of the model on k = 1, 2, 4, ... forget pairs, and measure all the others.
 
-    Each copy takes `STEPS` steps of Adam on every weight, with InfoNCE over the k pairs and a fixed
-    pool of retain pairs; both weigh the same, so that one pair counts. The learning rate of the
-    whole curve is the one of `RATES` that brings more back with the largest k. Residue and hit@1
-    are those of the verdict, on forget pairs and among unrelated pairs whose images no copy learned
-    from.
-    The area is that under the curve from the smallest to the largest k, over log k, as a share: a
-    constant curve has its own height as area. `pairs_to_half` is the k at which hit@1 is half of
+    Residue and hit@1 are those of the verdict, on pairs whose images no copy learned from. The
+    learning rate of a whole curve is the one of `RATES` that brings more back with the largest k.
+    The area is that under the curve over log k. `pairs_to_half` is the k at which hit@1 is half of
     what the original has on these pairs (half of all pairs without an original); it is left out
-    where that is no more than chance.
-
-    The control, `made_up`, is the same with made-up words in place of the concept's
-    (`nonsense_captions`), in the lessons and in what is measured, and with a learning rate of its
-    own: the same pictures, and the same words shared by the same pairs, which no model has ever
-    read. A concept that needs as many pairs as nonsense has left nothing that its words could call
-    up; one that needs fewer has. The comparison is about the link from words to pictures alone:
-    an image tower that still keeps the concept's pictures together teaches both sooner, and made-up
-    words take more tokens, which may slow them down. It needs captions in words, and a tokenizer
-    that reads any; else there is no control.
+    where that is no more than chance. The control, `made_up`, teaches the same pictures with
+    `nonsense_captions` in place of the concept's; docs/attacks.md says what it shows.
 
     Costs `STEPS` steps and one pass over the judged pairs for each k, and once more for the other
     learning rate, all of it twice with the control, and memory for an fp32 copy of the model with
@@ -196,18 +175,24 @@ def relearn(target: Target) -> Examined:
     lessons, left = _divide(target.two_of_each("relearn"), seed=evaluator.seed)
     shots = [k for k in SHOTS if k <= len(lessons["forget"])]
     forget, retain = (_load(target, name, lessons[name]) for name in ("forget", "retain"))
-    course = _Course(target, forget, retain, left, shots)
-    control = _nonsense(target)
-    curves = {"": None} if control is None else {"": None, CONTROL: control}
-    with target.encoder.progress("relearning", course.pairs * len(curves)) as bar:
-        outcomes = {curve: course.outcomes(names, bar) for curve, names in curves.items()}
+    courses = {"": _Course(target, forget, retain, left, {})}
+    names = _nonsense(target)
+    if names is not None:
+        captions = [names[caption] for caption in forget.captions]
+        tokens = target.encoder.model.tokenize(captions).to(forget.pixels.device)
+        made_up = Lesson(forget.pixels, tokens, captions)
+        courses[CONTROL] = _Course(target, made_up, retain, left, names)
+    tried = [*shots, *shots[-1:] * (len(RATES) - 1)]
+    pairs = sum(k + len(retain.captions) for k in tried) * STEPS
+    with target.encoder.progress("relearning", pairs * len(courses)) as bar:
+        outcomes = {curve: course.outcomes(shots, bar) for curve, course in courses.items()}
     goals = dict.fromkeys(outcomes[""][0].traces, 0.5)
     if target.original is not None:
-        known = evaluator.judge.judge(_at(target.original, left))
+        known = evaluator.judge.judge(features_at(target.original, left))
         goals = {name: float(traces.hit.mean()) / 2 for name, traces in known.items()}
     shots = [0, *shots]
     found = [_describe(target, shots, those, goals, curve) for curve, those in outcomes.items()]
-    found.append(_describe_damage(shots, outcomes[""]))
+    found.append(_describe_damage(target, shots, outcomes[""]))
     return Examined(*(list(chain.from_iterable(parts)) for parts in zip(*found, strict=True)))
 
 
@@ -218,33 +203,31 @@ class _Course(NamedTuple):
     forget: Lesson
     retain: Lesson
     left: Mapping[str, np.ndarray]
-    shots: list[int]  # numbers of forget pairs, from 1
+    names: Names  # what is measured in place of captions to forget; empty: they are
 
-    @property
-    def pairs(self) -> int:
-        """How many go through a model for one curve."""
-        tried = [*self.shots, *self.shots[-1:] * (len(RATES) - 1)]
-        return sum(k + len(self.retain.captions) for k in tried) * STEPS
-
-    def outcomes(self, names: Names | None, bar: Progress) -> list[Outcome]:
-        """Return what is known before, and after each of `shots`, of captions called `names`."""
-        last = self.shots[-1]
-        tried = {rate: self._relearned(last, rate, names, bar) for rate in RATES}
+    def outcomes(self, shots: list[int], bar: Progress) -> list[Outcome]:
+        """Return what is known before, and after each number of `shots`, from 1."""
+        tried = {rate: self._relearned(shots[-1], rate, bar) for rate in RATES}
         best = max(RATES, key=lambda rate: tried[rate].recovered)
-        return [
-            _measure(self.target, _at(self.target.features, self.left), names),
-            *(self._relearned(k, best, names, bar) for k in self.shots[:-1]),
-            tried[best],
-        ]
+        before = self._measure(self.target, features_at(self.target.features, self.left))
+        return [before, *(self._relearned(k, best, bar) for k in shots[:-1]), tried[best]]
 
-    def _relearned(self, k: int, rate: float, names: Names | None, bar: Progress) -> Outcome:
-        encoder, lesson = self.target.encoder, self.forget.first(k)
-        if names is not None:
-            lesson = lesson.renamed(names, encoder.model)
-        student = fine_tuned(encoder.model, lesson, self.retain, rate)
+    def _relearned(self, k: int, rate: float, bar: Progress) -> Outcome:
+        encoder = self.target.encoder
+        student = fine_tuned(encoder.model, self.forget.first(k), self.retain, rate)
         target = replace(self.target, encoder=encoder.of(student))
         bar.update(STEPS * (k + len(self.retain.captions)))
-        return _measure(target, target.encode(self.left, "relearned"), names)
+        return self._measure(target, target.encode(self.left, "relearned"))
+
+    def _measure(self, target: Target, features: dict[str, PairFeatures]) -> Outcome:
+        """Judge `features` of the target's model."""
+        for name, pairs in features.items():
+            if self.names and name != "retain":
+                rows, own = distinct_firsts(pairs)
+                captions = [self.names[pairs.captions[row]] for row in rows]
+                text, pair_text = target.encoder.texts(captions), [[place] for place in own]
+                features[name] = replace(pairs, text=text, captions=captions, pair_text=pair_text)
+        return Outcome(target.evaluator.judge.judge(features), features["retain"])
 
 
 def fine_tuned(model: DualEncoder, forget: Lesson, retain: Lesson, rate: float) -> DualEncoder:
@@ -281,10 +264,7 @@ def _divide(
     """Return the rows to learn from, in order, and the sorted rows to measure, of each set.
 
     No image is in both, nor a copy of it: where pictures to forget are to be kept too, retain
-    teaches none of those that are measured.
-
-    Raises:
-        InputError: nothing would be left to learn from, or to measure.
+    teaches none of those that are measured. `InputError` if nothing would be left.
     """
     lessons: dict[str, np.ndarray] = {}
     seen: list[Tensor] = []
@@ -339,25 +319,6 @@ def _nonsense(target: Target) -> Names | None:
     return names
 
 
-def _at(
-    features: Mapping[str, PairFeatures], rows: Mapping[str, np.ndarray]
-) -> dict[str, PairFeatures]:
-    return {name: features[name].at(those) for name, those in rows.items()}
-
-
-def _measure(
-    target: Target, features: dict[str, PairFeatures], names: Names | None = None
-) -> Outcome:
-    """Judge `features` of the target's model, with `names` in place of the captions to forget."""
-    for name, pairs in features.items():
-        if names is not None and name != "retain":
-            rows, own = distinct_firsts(pairs)
-            captions = [names[pairs.captions[row]] for row in rows]
-            text, pair_text = target.encoder.texts(captions), [[place] for place in own]
-            features[name] = replace(pairs, text=text, captions=captions, pair_text=pair_text)
-    return Outcome(target.evaluator.judge.judge(features), features["retain"])
-
-
 def _describe(
     target: Target,
     shots: list[int],  # from 0
@@ -374,23 +335,26 @@ def _describe(
         traces = [outcome.traces[name] for outcome in outcomes]
         group = f"{name}, after relearning {what}".rstrip()
         prefix = f"{name}/{curve}/" if curve else f"{name}/"
-        if goals[name] > traces[0].chance:
+        chance_hit = traces[0].chance[CONTEST_HIT]
+        if goals[name] > chance_hit:
             needed = pairs_needed(shots, [float(trace.hit.mean()) for trace in traces], goals[name])
             title = f"pairs until hit@1 is {100 * goals[name]:.0f} %"
             key, wanted = f"{prefix}pairs_to_half", "" if curve else "↑"
             findings.append(Finding(key, group, title, "pairs", wanted, needed))
         for key, figure, wanted, chance, values in (
             ("residue", "residue", "↓ chance", 0.5, [trace.residue for trace in traces]),
-            ("contest_hit@1", "hit@1", "↓", traces[0].chance, [trace.hit for trace in traces]),
+            (CONTEST_HIT, "hit@1", "↓", chance_hit, [trace.hit for trace in traces]),
         ):
             area = np.average(values[1:], axis=0, weights=area_weights(shots[1:]))
             labels = [*pairs, "area under the curve"]
             for point, label, those in zip(points, labels, [*values, area], strict=True):
                 # Single hits are few trials, often all alike.
                 few = figure == "hit@1" and point != "area"
-                make = share_finding if few else target.resampled
-                place, aim = f"{prefix}{point}/{key}", "" if curve else wanted
-                findings.append(make(those, place, group, f"{figure}, {label}, %", aim, chance))
+                place, title = f"{prefix}{point}/{key}", f"{figure}, {label}, %"
+                aim = "" if curve else wanted
+                findings.append(
+                    target.share(those, place, group, title, aim, chance, are_trials=few)
+                )
             of_others = [100 * float(those.mean()) for those in values]
             panel = ", ".join(filter(None, [f"{name}: {figure}", what]))
             y_label = f"{figure} of the others, %"
@@ -398,10 +362,10 @@ def _describe(
     return Examined(findings, series)
 
 
-def _describe_damage(shots: list[int], outcomes: list[Outcome]) -> Examined:
+def _describe_damage(target: Target, shots: list[int], outcomes: list[Outcome]) -> Examined:
     """Return the recall that is left of retain pairs, and its plane with hit@1."""
     recalls = [
-        recall_finding(
+        target.recall(
             outcome.retain,
             key=f"retain/{k}_shots",
             group="retain, after relearning",
@@ -421,11 +385,8 @@ def _describe_damage(shots: list[int], outcomes: list[Outcome]) -> Examined:
 def pairs_needed(shots: Sequence[int], hits: Sequence[float], goal: float) -> float | str:
     """Return the number of pairs at which `hits` first reach `goal`; words if they never do.
 
-    Args:
-        shots: numbers of pairs, 0 and 1 first; between two of the others hits are linear in its
-            logarithm, and between 0 and 1 it counts as 1.
-        hits: hit@1 after each.
-        goal: the hit@1 wanted.
+    `hits` follow the number of `shots`, 0 and 1 first; between two of the others they are linear in
+    its logarithm, and between 0 and 1 it counts as 1.
     """
     reached = next((place for place, hit in enumerate(hits) if hit >= goal), None)
     if reached is None:

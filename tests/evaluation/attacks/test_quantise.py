@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 import fasterase
-from fasterase.errors import InputError
 from fasterase.evaluation.attacks.weights import linear_weights, round_to_nearest
 from tests import small_models
-from tests.evaluation.lookup_model import LookupModel, attack, picture
+from tests.evaluation.lookup_model import attack
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 from tests.tiny_model import same_weights
 
@@ -79,10 +78,3 @@ def test_the_weights_come_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ZeroDivisionError):
         attack("quantise", model, forget, retain)
     assert same_weights(model.weights(), before)
-
-
-def test_a_model_without_linear_layers_is_named() -> None:
-    model = LookupModel(torch.eye(2), torch.eye(2), ["cat", "dog"], "lookup")
-    one, other = [(picture(0), "cat")], [(picture(1), "dog")]
-    with pytest.raises(InputError, match=r"'quantise' rounds the weights .* lookup has none"):
-        attack("quantise", model, one, other)

@@ -16,19 +16,22 @@ from PIL import Image
 
 import fasterase
 from fasterase.encode import PairEncoder
-from fasterase.errors import InputError
 from fasterase.evaluation.attacks import weights
 from fasterase.models.dual_encoder import Tokens
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import SkipLedger
 from fasterase.report.evaluation import Evaluation
 from fasterase.seeds import Stream, generator
-from tests.evaluation.lookup_model import LookupModel, attack, picture
+from tests.evaluation.lookup_model import attack
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 from tests.tiny_model import VOCABULARY, TinyModel, same_weights
 
 FORGET = concept_pairs((FORGOTTEN,), 20, seed=5)
 RETAIN = concept_pairs(KEPT, 20, seed=6)
+# Those that copies learn from, in order.
+LEARNED = generator(0, Stream.RELEARN, 0).permutation(20)[:10]
+POOL = generator(0, Stream.RELEARN, 1).permutation(140)[:30]
+REST = [pair for i, pair in enumerate(RETAIN) if i not in POOL]
 WORDS = [f"q{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(VOCABULARY)]
 
 
@@ -72,6 +75,11 @@ def by_hand(model: TinyModel, forget: list, retain: list, rate: float) -> TinyMo
     return student
 
 
+def scores(model: TinyModel, forget: list) -> dict[str, dict[str, float]]:
+    """Of pairs to forget, among those to keep that no copy learns from."""
+    return fasterase.evaluate(model, forget, REST, max_pairs=None, progress=False).to_dict()
+
+
 def test_figures_are_those_of_a_model_that_was_fine_tuned_by_hand() -> None:
     model = hiding_model()
     before = model.weights()
@@ -80,16 +88,10 @@ def test_figures_are_those_of_a_model_that_was_fine_tuned_by_hand() -> None:
     assert same_weights(model.weights(), before)
     assert all(weight.requires_grad for weight in model.module.parameters())
 
-    learned = generator(0, Stream.RELEARN, 0).permutation(20)[:10]
-    pool = generator(0, Stream.RELEARN, 1).permutation(140)[:30]
-    left = [FORGET[i] for i in range(20) if i not in learned[:4]]
-    kept = [RETAIN[i] for i in range(140) if i not in pool]
-
-    def scores(model: TinyModel, forget: list) -> dict[str, dict[str, float]]:
-        return fasterase.evaluate(model, forget, kept, max_pairs=None, progress=False).to_dict()
+    left = [FORGET[i] for i in range(20) if i not in LEARNED[:4]]
 
     def relearned(k: int, rate: float) -> TinyModel:
-        return by_hand(model, [FORGET[i] for i in learned[:k]], [RETAIN[i] for i in pool], rate)
+        return by_hand(model, [FORGET[i] for i in LEARNED[:k]], [RETAIN[i] for i in POOL], rate)
 
     tried = {rate: scores(relearned(4, rate), left)["forget"] for rate in (1e-4, 3e-3)}
     best = max(tried, key=lambda rate: (tried[rate]["contest_hit@1"], residue(tried[rate])))
@@ -100,14 +102,14 @@ def test_figures_are_those_of_a_model_that_was_fine_tuned_by_hand() -> None:
         hit, trace = (figures[f"forget/{k}_shots/{x}"] for x in ("contest_hit@1", "residue"))
         assert hit.value == pytest.approx(forget["contest_hit@1"], abs=1e-4)
         assert trace.value == pytest.approx(residue(forget), abs=1e-4)
-        no_rival = [(left[0][0], kept[0][1])]
+        no_rival = [(left[0][0], REST[0][1])]
         recall = scores(student, no_rival)["retain"]["image_to_text_recall@1"]
         assert figures[f"retain/{k}_shots/recall@1"].value == pytest.approx(recall)
         curve.append(forget["contest_hit@1"])
     assert curve[0] < curve[2]
     assert figures["forget/area/contest_hit@1"].value == pytest.approx(np.mean(curve[1:]))
     # Without those that the copies learn from.
-    unseen = [FORGET[i] for i in range(5) if i not in learned[:4]]
+    unseen = [FORGET[i] for i in range(5) if i not in LEARNED[:4]]
     assert len(unseen) < 5
     expected = residue(scores(relearned(4, best), unseen)["forget"])
     assert figures["unseen/4_shots/residue"].value == pytest.approx(expected, abs=1e-4)
@@ -123,17 +125,14 @@ def test_the_control_teaches_the_same_pictures_other_words() -> None:
     unseen = {"forget_sets": {"unseen": in_words(FORGET[:5])}}
     found = attack("relearn", worded[0], *pairs, original=worded[1], **unseen)
     figures = found.attacks["relearn"]
-    learned = generator(0, Stream.RELEARN, 0).permutation(20)[:10]
-    pool = generator(0, Stream.RELEARN, 1).permutation(140)[:30]
     nonsense = [(pixels, ids.where(ids > 2, 0)) for pixels, ids in FORGET]
-    left = [nonsense[i] for i in range(20) if i not in learned[:4]]
-    kept = [RETAIN[i] for i in range(140) if i not in pool]
+    left = [nonsense[i] for i in range(20) if i not in LEARNED[:4]]
     tried = []
     for rate in (1e-4, 3e-3):
-        lesson = [nonsense[i] for i in learned[:4]], [RETAIN[i] for i in pool]
+        lesson = [nonsense[i] for i in LEARNED[:4]], [RETAIN[i] for i in POOL]
         student = by_hand(model, *lesson, rate)
-        scores = fasterase.evaluate(student, left, kept, max_pairs=None, progress=False).to_dict()
-        tried.append((scores["forget"]["contest_hit@1"], residue(scores["forget"])))
+        found_by_hand = scores(student, left)["forget"]
+        tried.append((found_by_hand["contest_hit@1"], residue(found_by_hand)))
     keys = [f"forget/made_up/4_shots/{x}" for x in ("contest_hit@1", "residue")]
     assert [figures[key].value for key in keys] == pytest.approx(max(tried), abs=1e-4)
     assert figures["forget/made_up/0_shots/residue"].original < 0.7
@@ -217,15 +216,6 @@ def test_no_picture_is_a_lesson_and_measured_also_where_it_is_to_be_kept_too() -
     lessons, left = weights._divide(judged, seed=0)
     assert lessons["forget"].tolist() == lessons["retain"].tolist(), "all are to be kept too"
     assert left["forget"].tolist() == left["retain"].tolist() == [1 - lessons["forget"][0]]
-
-
-def test_too_few_pairs_are_named() -> None:
-    model = LookupModel(torch.eye(3), torch.eye(3), ["cat", "dog", "hen"], "fake")
-    one, two = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
-    with pytest.raises(InputError, match=r"'relearn' needs two .* found 1 to forget and 2 unre"):
-        attack("relearn", model, one, two)
-    with pytest.raises(InputError, match=r"plot: there is nothing to draw"):
-        fasterase.evaluate(model, one, two, progress=False).plot("nowhere")
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import fasterase
-from fasterase.cli.parser import parse
 from fasterase.errors import InputError
 from fasterase.report.evaluation import Evaluation
 from tests.evaluation.lookup_model import LookupModel, attack, picture
@@ -83,8 +82,3 @@ def test_one_erased_tower_leaves_the_concept_in_the_other() -> None:
 def test_a_model_of_another_width_cannot_be_swapped() -> None:
     with pytest.raises(InputError, match=r"attacks: 'swap' compares .* have 4 numbers .* 6"):
         attack("swap", model(1, width=4), FORGET, RETAIN, original=model(0))
-
-
-def test_the_command_line_takes_several_names() -> None:
-    flags = ["evaluate", "--attacks", "swap", "probe", "--max_pairs", "9"]
-    assert parse(flags).values["attacks"] == ["swap", "probe"]
