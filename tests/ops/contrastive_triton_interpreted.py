@@ -349,25 +349,6 @@ def test_a_row_of_nan_leaves_long_rows_of_other_groups_alone():
     assert all(bool(x[10:].isfinite().all()) for x in found)
 
 
-def test_products_of_a_call(monkeypatch):
-    call, _ = make(6, 4, 1.0)
-
-    def products(**changed):
-        return explain_backend(**(call | {"backend": "triton"} | changed)).products
-
-    assert products() == products(products="fp32") == "fp32"
-    assert products(products="fp16") == "fp16"
-    assert products(products="bf16") == "bf16"
-    halves = {k: call[k].detach().half() for k in ("image", "text", "ref_image", "ref_text")}
-    assert products(**halves) == products(**halves, products="fp32") == "fp16"
-    halves["ref_text"] = call["ref_text"]
-    assert products(**halves) == "fp32"  # never one of them alone
-    monkeypatch.setattr("fasterase.ops.contrastive.checks.allows_tf32", lambda: True)
-    assert products() == "tf32"
-    assert products(products="fp32") == "fp32"
-    assert str(explain_backend(**call, backend="triton")).startswith("triton, tf32 products: ")
-
-
 @pytest.mark.usefixtures("autocast")
 def test_autocast_and_compile():
     call, _ = make(20, 8, 14.3)

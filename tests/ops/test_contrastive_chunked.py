@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasterase.ops.contrastive import chunked, explain_backend
+from fasterase.ops.contrastive import chunked
 from fasterase.ops.contrastive.dense import contrastive_dense
 from fasterase.ops.contrastive.operator import Batch, Wanted
 from tests import oracle
@@ -120,22 +119,6 @@ def test_two_equal_models_have_no_kl_in_halves(as_on_a_gpu):
     losses, gradients = run(same, of_kl, (40,), "fp16")
     assert losses[2:].abs().max() < 1e-6
     assert max(each.abs().max() for each in gradients) < 1e-5
-
-
-def test_a_gpu_honours_products_without_its_kernels():
-    with FakeTensorMode():
-        pair = torch.empty(4, 8, device="cuda"), torch.empty(4, 8, device="cuda")
-        halves = [each.bfloat16() for each in pair]
-
-    def products(features, **options):
-        return explain_backend(*features, 1.0, backend="chunked", **options).products
-
-    assert [products(pair, products=name) for name in ("fp16", "bf16", "fp32", "auto")] == [
-        *("fp16", "bf16", "fp32", "fp32")
-    ]
-    assert products(halves) == "bf16"
-    on_cpu = torch.ones(4, 8)
-    assert products((on_cpu, on_cpu), products="fp16") == "fp32"
 
 
 # The limits of the shift, which torch, C++ and Triton cannot define in one place.

@@ -143,9 +143,30 @@ def test_auto_leaves_fp64_on_a_gpu_to_torch_tiles(image_dtype, text_dtype, monke
         assert choice.products == ("fp64" if has_fp64 else "fp16")
 
 
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_products_on_a_gpu(backend, monkeypatch):
+    fp64, fp32, fp16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+    def products(*dtypes, asked="auto"):
+        with FakeTensorMode():
+            features = [torch.empty(4, 3, dtype=dtype, device="cuda") for dtype in dtypes]
+        return checks.resolve_products(asked, backend, features)
+
+    for asked, used in {"auto": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}.items():
+        assert products(fp32, fp32, asked=asked) == used
+    assert products(fp16, fp16) == products(fp16, fp16, asked="fp32") == "fp16"
+    assert products(bf16, bf16) == "bf16"
+    assert products(fp16, fp16, fp16, fp32) == "fp32"  # never one of them alone
+    assert products(fp64, fp32, asked="fp16") == "fp64"
+    monkeypatch.setattr(checks, "allows_tf32", lambda: True)
+    assert products(fp32, fp32) == "tf32"
+    assert products(fp32, fp32, asked="fp32") == "fp32"
+
+
+@pytest.mark.skipif(
+    VERSION < (3, 5) or torch.cuda.is_available(), reason="has a GPU, or no Triton 3.5"
+)
 def test_without_a_gpu_triton_is_refused():
-    if VERSION < (3, 5) or torch.cuda.is_available():
-        pytest.skip("has a GPU, or no Triton 3.5")
     with pytest.raises(InputError, match="no CUDA device"):
         contrastive(**call(backend="triton"))
 
