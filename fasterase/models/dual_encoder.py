@@ -313,6 +313,7 @@ def hash_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
 def _copy_around(
     model: DualEncoder, module: nn.Module, wrapper: nn.Module | None = None
 ) -> DualEncoder:
+    """Copy a model, with another module in the place of its own."""
     copied = copy.copy(model)
     copied.module, copied.wrapper = module, wrapper
     return copied
