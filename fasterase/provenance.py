@@ -67,12 +67,8 @@ def read_record(model: object) -> dict[str, Any] | None:
 
 def erasures(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the records of all erasures that led to a model, the first one first."""
-    chain: list[Mapping[str, Any]] = []
-    current: Mapping[str, Any] | None = record
-    while current is not None:
-        chain.insert(0, current)
-        current = current["parent"].get("record")
-    return chain
+    parent = record["parent"].get("record")
+    return [*(erasures(parent) if parent is not None else ()), record]
 
 
 def audit(
@@ -84,16 +80,12 @@ def audit(
 ) -> Evaluation:
     """Return the evaluation of a model with what its record says, one finding per line.
 
-    Args:
-        evaluation: of the model as it is now.
-        record: of when it was saved.
-        fingerprint: of its weights now.
-        sets: the pairs that were measured.
+    `fingerprint` is of its weights now, and `sets` are the pairs that were measured.
     """
-    same = fingerprint == record["fingerprint"]
+    is_unchanged = fingerprint == record["fingerprint"]
     lines = [
         f"erased {record['erased_at']}, verdict then: {record['outcome']['verdict'] or 'none'}",
-        "weights: as they were saved" if same else "weights: CHANGED since they were saved",
+        "weights: as they were saved" if is_unchanged else "weights: CHANGED since they were saved",
     ]
     verdicts = evaluation.set_verdicts.get("model", {})
     for number, step in enumerate(erasures(record), start=1):
@@ -104,19 +96,17 @@ def audit(
         else:
             now = verdicts.get(found, "not judged")
             lines.append(f"{what}: its pairs are measured here as {found!r}; now {now}")
-    known = record["data"]["retain"]
-    is_same_digest = sets["retain"].digest() == known["digest"]
-    if not is_same_digest and content_digest(sets["retain"]) != known.get("content"):
+    retain, known = sets["retain"], record["data"]["retain"]
+    if retain.digest() != known["digest"] and content_digest(retain) != known.get("content"):
         lines.append("retain: other pairs than those that the model was trained to keep")
     return replace(evaluation, audit=lines)
 
 
 def _is_erased(pairs: PairTable, record: Mapping[str, Any]) -> bool:
     """Tell whether pairs are those that were to be forgotten, wherever they were read from."""
-    if pairs.digest() == record["data"]["forget"]["digest"]:
-        return True
     erased = record.get("erased")
-    return erased is not None and is_same(pairs, erased)
+    is_same_source = pairs.digest() == record["data"]["forget"]["digest"]
+    return is_same_source or (erased is not None and is_same(pairs, erased))
 
 
 def library_versions() -> dict[str, str]:
@@ -135,24 +125,22 @@ def remember(pairs: PairTable, *, links: bool = False) -> dict[str, Any]:
 
     Of `links` alone the pictures are not remembered: they may be kept with other captions.
     """
-    salt = secrets.token_hex(16)
-    found = {"salt": salt, **_digests(pairs, salt)}
-    if links:
-        found.pop("images", None)
-    return found
+    return _digest_pairs(pairs, secrets.token_hex(16), images=not links)
 
 
 def is_same(pairs: PairTable, erased: Mapping[str, Any]) -> bool:
     """Tell whether pairs are those that were erased, wherever they were read from."""
-    found = {"salt": erased["salt"], **_digests(pairs, erased["salt"])}
-    return {key: found.get(key) for key in erased} == erased
+    return _digest_pairs(pairs, erased["salt"], images="images" in erased) == erased
 
 
-def _digests(pairs: PairTable, salt: str) -> dict[str, list[str]]:
+def _digest_pairs(pairs: PairTable, salt: str, *, images: bool) -> dict[str, Any]:
     """Return the distinct digests of first captions and, of a set that is not too large, images."""
-    found = {"captions": sorted({each.hex() for each in _salted(_first_captions(pairs)[1], salt)})}
-    if len(pairs) <= MOST_READ:
-        found["images"] = sorted({each.hex() for each in _images(pairs, salt) if each})
+    found: dict[str, Any] = {
+        "salt": salt,
+        "captions": sorted(set(_digest_captions(pairs, salt)[1])),
+    }
+    if images and len(pairs) <= MOST_READ:
+        found["images"] = sorted(set(filter(None, _digest_images(pairs, salt))))
     return found
 
 
@@ -170,12 +158,8 @@ def drop_erased(
     A pair counts if its picture or its first caption was among the erased; pictures are compared in
     sets of at most 20,000.
 
-    Args:
-        retain: the pairs to keep.
-        records: of the erasures that led to the model, see `fasterase.provenance.erasures`.
-
     Returns:
-        The remaining pairs, and name -> those of each erasure that were among them.
+        The remaining pairs, and name -> those of each erasure in `records` that were among them.
 
     Raises:
         InputError: nothing would be left of `retain`.
@@ -211,25 +195,23 @@ def drop_erased(
 
 def _among(pairs: PairTable, erased: Mapping[str, Any]) -> np.ndarray:
     """[n] bool, whether a pair's picture or first caption was erased."""
-    salt = erased["salt"]
-    captions = {bytes.fromhex(each) for each in erased["captions"]}
+    captions, images = set(erased["captions"]), set(erased.get("images", ()))
     found = np.zeros(len(pairs), bool)
-    rows, hashes = _first_captions(pairs)
-    found[rows] = [each in captions for each in _salted(hashes, salt)]
-    if "images" in erased and len(pairs) <= MOST_READ:
-        images = {bytes.fromhex(each) for each in erased["images"]}
-        found |= [each in images for each in _images(pairs, salt)]
+    rows, digests = _digest_captions(pairs, erased["salt"])
+    found[rows] = [each in captions for each in digests]
+    if images and len(pairs) <= MOST_READ:
+        found |= [each in images for each in _digest_images(pairs, erased["salt"])]
     return found
 
 
-def _first_captions(pairs: PairTable) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows with a caption, and the hash of the first of each."""
+def _digest_captions(pairs: PairTable, salt: str) -> tuple[np.ndarray, list[str]]:
+    """Return the rows with a caption, and the digest of the first of each."""
     hashes, rows = pairs.caption_hashes()
     rows, first = np.unique(rows, return_index=True)
-    return rows, hashes[first]
+    return rows, [_digest(each.tobytes(), salt) for each in hashes[first]]
 
 
-def _images(pairs: PairTable, salt: str) -> Iterator[bytes | None]:
+def _digest_images(pairs: PairTable, salt: str) -> Iterator[str | None]:
     for row in range(len(pairs)):
         try:
             yield _digest(image_digest(pairs, row), salt)
@@ -237,9 +219,5 @@ def _images(pairs: PairTable, salt: str) -> Iterator[bytes | None]:
             yield None
 
 
-def _salted(hashes: np.ndarray, salt: str) -> Iterator[bytes]:
-    return (_digest(each.tobytes(), salt) for each in hashes)
-
-
-def _digest(value: bytes, salt: str) -> bytes:
-    return hashlib.blake2b(value, key=salt.encode(), digest_size=_DIGEST_BYTES).digest()
+def _digest(value: bytes, salt: str) -> str:
+    return hashlib.blake2b(value, key=salt.encode(), digest_size=_DIGEST_BYTES).hexdigest()

@@ -10,7 +10,7 @@ import torch
 import fasterase
 from fasterase import losses
 from fasterase.ops.contrastive import contrastive
-from tests.ops.test_contrastive_cpu import gradients, needs_kernels
+from tests.ops.calls import needs_kernels
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +31,11 @@ def features(n, *, labelled):
     image, text = (side.requires_grad_() for side in sides[:2])
     labels = torch.randint(-3, 9, (n,)) if labelled else None
     return image, text, torch.tensor(30.0, requires_grad=True), *sides[2:], 20.0, labels
+
+
+def gradients(function, inputs):
+    total = function(*inputs)
+    return (total, *torch.autograd.grad(total, inputs[:3]))
 
 
 def check(function, calls):

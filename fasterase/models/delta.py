@@ -28,7 +28,7 @@ from fasterase.errors import InputError
 from fasterase.files import parse_path, replace_model_folder
 from fasterase.models.dual_encoder import DualEncoder, frozen_copy, loading_code
 from fasterase.models.load import DELTA_FILE, load_model
-from fasterase.models.lora import LoraAdapter, low_rank_product
+from fasterase.models.lora import LoraAdapter, layer_product
 from fasterase.models.wrapped import PEFT_PREFIX, PEFT_WEIGHTS, write_adapter
 
 _FORMAT = "fasterase-delta-4"
@@ -160,8 +160,7 @@ def apply_delta(
     delta = _read(parse_path(folder, argument="folder"))
     encoder = load_model(model)
     tensors = _tensors(encoder.module)
-    for name in delta.dtypes:
-        wanted = delta.shapes[name]
+    for name, wanted in delta.shapes.items():
         if name not in tensors or tensors[name].numel() != math.prod(wanted):
             found = f"is {list(tensors[name].shape)}" if name in tensors else "is missing"
             raise InputError(
@@ -216,8 +215,7 @@ class _Delta:
 def fingerprint_weights(module: nn.Module, replaced: Mapping[str, Tensor] | None = None) -> str:
     """Return a SHA-256 of the weights alone, with those in `replaced` instead of the module's own.
 
-    Half-precision weights have the fingerprint of the same values in fp32, in which some libraries
-    load them.
+    Half precision counts as fp32, in which some libraries load it.
     """
     own = _tensors(module)
     instead = {id(own[name]): tensor for name, tensor in (replaced or {}).items()}
@@ -261,21 +259,18 @@ def _read(folder: Path) -> _Delta:
             f"fasterase reads {_FORMAT!r}."
         )
     try:
-        factors = json.loads(metadata["factors"])
-        named = json.loads(metadata["dtypes"])
+        factors, named, known = (
+            json.loads(metadata[key]) for key in ("factors", "dtypes", "shapes")
+        )
         dtypes = {name: getattr(torch, dtype) for name, dtype in named.items()}
-        for name in dtypes:
-            if stored[f"xor/{name}"].dtype != _INTEGERS[dtypes[name].itemsize]:
+        for name, dtype in dtypes.items():
+            if stored[f"xor/{name}"].dtype != _INTEGERS[dtype.itemsize]:
                 raise TypeError(f"xor/{name} is {stored[f'xor/{name}'].dtype}")
         adapter = _read_file(folder / PEFT_WEIGHTS)[0] if factors else {}
         products = {
-            name: low_rank_product(
-                *(adapter[f"{PEFT_PREFIX}{layer}.lora_{each}.weight"] for each in "AB")
-            )
-            for name, layer in factors.items()
+            name: layer_product(adapter, f"{PEFT_PREFIX}{layer}") for name, layer in factors.items()
         }
         fingerprints = {1: metadata["original"], -1: metadata["erased"]}
-        known = json.loads(metadata["shapes"])
         shapes = {name: [int(each) for each in known[name]] for name in dtypes}
         return _Delta(file, metadata["model"], fingerprints, dtypes, shapes, products, stored)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:

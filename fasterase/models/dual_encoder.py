@@ -1,8 +1,7 @@
 """The one interface to CLIP models: two encoders, scale, tokenizer, preprocessing and save.
 
-All of fasterase works with a `DualEncoder`; only the adapters (`openclip.py`, `huggingface.py`)
-know a library. SigLIP models are supported too: the objective's softmax acts on their similarities
-and ignores `logit_bias`, which shifts every logit equally and therefore cancels.
+Only the adapters (`openclip.py`, `huggingface.py`) know a library. SigLIP's `logit_bias` is
+ignored: it shifts every logit equally and cancels in the objective's softmax.
 
 A "tower" is one encoder: the image tower or the text tower.
 """
@@ -70,11 +69,6 @@ class DualEncoder(abc.ABC):
     image_transform: ImageTransform | None
     text_tokenizer: Callable[[Sequence[str]], Tokens] | None
 
-    @property
-    def public_name(self) -> str:
-        """The name without the folders of this machine, for files that are passed on."""
-        return without_folders(self.name)
-
     @abc.abstractmethod
     def _image_features(self, pixels: Tensor) -> Tensor:
         """Run the library's image encoder: [B, 3, H, W] float -> [B, D], not normalised."""
@@ -84,12 +78,10 @@ class DualEncoder(abc.ABC):
         """Run the library's text encoder: [B, L] ids -> [B, D], not normalised."""
 
     @abc.abstractmethod
-    def image_parts(self) -> TowerParts:
-        """List the parts of the image tower, for `trainable`."""
+    def image_parts(self) -> TowerParts: ...
 
     @abc.abstractmethod
-    def text_parts(self) -> TowerParts:
-        """List the parts of the text tower, for `trainable`."""
+    def text_parts(self) -> TowerParts: ...
 
     @abc.abstractmethod
     def _write_model(self, folder: Path) -> None:
@@ -138,6 +130,11 @@ class DualEncoder(abc.ABC):
             (new / "README.md").write_text(readme, encoding="utf-8")
 
     @property
+    def public_name(self) -> str:
+        """The name without the folders of this machine, for files that are passed on."""
+        return without_folders(self.name)
+
+    @property
     def given(self) -> nn.Module:
         """The object that the caller passed in: `wrapper`, or `module` itself."""
         return self.module if self.wrapper is None else self.wrapper
@@ -165,7 +162,7 @@ class DualEncoder(abc.ABC):
         return self.logit_scale.device
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Encode `texts` as token ids [B, L]; `InputError` when the model has no tokenizer."""
+        """Encode texts as token ids [B, L]; `InputError` without a tokenizer."""
         if self.text_tokenizer is None:
             raise InputError(
                 f"tokenizer: {self.name} came without one and its architecture names none, so "
@@ -182,12 +179,11 @@ class DualEncoder(abc.ABC):
     def selected(self, tune: str) -> list[tuple[str, nn.Parameter]]:
         """Return name and parameter of everything that `tune` names, in the module's order.
 
-        Args:
-            tune: `"all"`; `"image"` or `"text"`, one tower; `"projections"`, the last map of each
-                tower into the shared space; `"last:N"`, the last N blocks of each tower (stages of
-                a ResNet) and everything after them; `"lora:N"`, the linear maps in the blocks of
-                both towers, which adapters of rank N change. Never included: the temperature
-                (logit_scale), logit_bias, and weights that no feature depends on (CoCa's decoder).
+        `"all"`; `"image"` or `"text"`, one tower; `"projections"`, the last map of each tower into
+        the shared space; `"last:N"`, the last N blocks of each tower (stages of a ResNet) and
+        everything after them; `"lora:N"`, the linear maps in the blocks of both towers, which
+        adapters of rank N change. Never included: the temperature (logit_scale), logit_bias, and
+        weights that no feature depends on (CoCa's decoder).
 
         Raises:
             InputError: unknown `tune`, a tower has fewer than N blocks, or no linear maps in them.
@@ -196,7 +192,7 @@ class DualEncoder(abc.ABC):
         chosen: set[int] = set()
         for part in _select_parts(towers, tune):
             parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
-            chosen |= {id(parameter) for parameter in parameters}
+            chosen |= set(map(id, parameters))
         return [
             (name, parameter)
             for name, parameter in self.module.named_parameters()
@@ -314,13 +310,20 @@ def hash_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
         digest.update(flat.view(torch.uint8).numpy().data)
 
 
+def _copy_around(
+    model: DualEncoder, module: nn.Module, wrapper: nn.Module | None = None
+) -> DualEncoder:
+    """Copy a model, with another module in the place of its own."""
+    copied = copy.copy(model)
+    copied.module, copied.wrapper = module, wrapper
+    return copied
+
+
 def frozen_copy(model: DualEncoder) -> DualEncoder:
     """Copy a model with weights of its own, in eval mode and without gradients."""
-    frozen = copy.copy(model)
-    frozen.wrapper = None
-    frozen.module = copy.deepcopy(model.module).eval().requires_grad_(False)
-    frozen.module.zero_grad(set_to_none=True)
-    return frozen
+    module = copy.deepcopy(model.module).eval().requires_grad_(False)
+    module.zero_grad(set_to_none=True)
+    return _copy_around(model, module)
 
 
 def copy_with(model: DualEncoder, make: Callable[[Tensor], Tensor]) -> DualEncoder:
@@ -333,20 +336,13 @@ def copy_with(model: DualEncoder, make: Callable[[Tensor], Tensor]) -> DualEncod
                 memo[id(value)] = nn.Parameter(new, requires_grad=value.requires_grad)
             elif isinstance(value, Tensor):
                 memo[id(value)] = make(value)
-    copied = copy.copy(model)
-    copied.wrapper = None
-    copied.module = copy.deepcopy(model.module, memo)
-    return copied
+    return _copy_around(model, copy.deepcopy(model.module, memo))
 
 
 def separate_copy(model: DualEncoder) -> DualEncoder:
     """Copy a model with weights of its own, and the wrapper with it."""
-    separate = copy.copy(model)
     given = copy.deepcopy(model.given)
-    if model.wrapper is not None:
-        separate.wrapper = given
-    separate.module = unwrap(given)
-    return separate
+    return _copy_around(model, unwrap(given), None if model.wrapper is None else given)
 
 
 def _unit_rows(features: Tensor) -> Tensor:

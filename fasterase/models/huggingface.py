@@ -62,50 +62,42 @@ class HuggingFaceEncoder(DualEncoder):
         self.context_length = int(text.max_position_embeddings)
         self.vocab_size = int(text.vocab_size)
         self._patch_size: int | None = None
+        size: Any = getattr(vision, "image_size", None)
         if any(ancestor.__name__ == "Siglip2Model" for ancestor in type(module).__mro__):
             self._patch_size = int(vision.patch_size)
-            side = math.isqrt(vision.num_patches) * self._patch_size
-            self.image_size = side, side
-        else:
-            self.image_size = read_size(vision.image_size)
+            size = math.isqrt(vision.num_patches) * self._patch_size
+        self.image_size = read_size(size)
         # SigLIP states its width in text_config, where it is also the vision tower's.
         self.embed_dim = int(
             text.projection_size if hasattr(text, "projection_size") else config.projection_dim
         )
         self.image_processor: Any = None  # the library's, which `save` writes
-        self.text_tokenizer = self._wrap_tokenizer(given.tokenizer)
-        self.image_transform = self._wrap_transform(given.preprocess)
-        if source is None:
-            return
+        self.text_tokenizer, self.image_transform = None, None
+        if given.tokenizer is not None:
+            self.text_tokenizer = self._wrap_tokenizer(given.tokenizer)
+        if given.preprocess is not None:
+            self.image_transform = self._wrap_transform(given.preprocess)
         # Missing, or of another model: `tokenize` and `preprocess` say so when it is needed.
-        if given.tokenizer is None:
+        if given.tokenizer is None and source is not None:
             with contextlib.suppress(Exception):
-                self.text_tokenizer = self._find_tokenizer(source, local_files_only=not online)
-        if given.preprocess is None:
+                from transformers import AutoTokenizer
+
+                found = AutoTokenizer.from_pretrained(source, local_files_only=not online)
+                tokenizer = self._wrap_tokenizer(found)
+                first, second = tokenizer(["a photo of a cat", "two dogs on the grass"]).ids
+                # Without the tokenizer's files the library may return one without a vocabulary.
+                self.text_tokenizer = None if torch.equal(first, second) else tokenizer
+        if given.preprocess is None and source is not None:
             with contextlib.suppress(Exception):
                 from transformers import AutoImageProcessor
 
                 found = AutoImageProcessor.from_pretrained(source, local_files_only=not online)
                 self.image_transform = self._wrap_transform(found)
 
-    def _wrap_tokenizer(self, tokenizer: Any) -> TextTokenizer | None:
-        if tokenizer is None:
-            return None
+    def _wrap_tokenizer(self, tokenizer: Any) -> TextTokenizer:
         return wrap_tokenizer(tokenizer, self.context_length, self.vocab_size, with_mask=True)
 
-    def _find_tokenizer(self, source: str, *, local_files_only: bool) -> TextTokenizer | None:
-        from transformers import AutoTokenizer
-
-        found = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-        wrapped = self._wrap_tokenizer(found)
-        assert wrapped is not None
-        first, second = wrapped(["a photo of a cat", "two dogs on the grass"]).ids
-        # Without the tokenizer's files the library may return one with an empty vocabulary.
-        return None if torch.equal(first, second) else wrapped
-
-    def _wrap_transform(self, preprocess: Any) -> ImageTransform | None:
-        if preprocess is None:
-            return None
+    def _wrap_transform(self, preprocess: Any) -> ImageTransform:
         transform = wrap_transform(preprocess, self.image_size)
         if is_image_processor(preprocess):
             self.image_processor = preprocess

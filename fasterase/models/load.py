@@ -44,14 +44,9 @@ def load_model(
     """Adapt or load a CLIP model; what a string names is loaded in fp32, never with random weights.
 
     Args:
-        model: an open_clip `CLIP`, `CustomTextCLIP` or `CoCa`; a transformers `CLIPModel`,
-            `SiglipModel` or `Siglip2Model`; one of these in a `PeftModel`, a `DataParallel` or
-            compiled; or a string or path: "ViT-B-32/laion2b_s34b_b79k" (open_clip name/tag),
-            "hf-hub:org/name" (open_clip), "hf:org/name" (transformers), a folder that either
-            library or fasterase wrote, or an open_clip checkpoint file.
-        tokenizer: open_clip tokenizer, transformers tokenizer or processor, or any callable
-            list of str -> [B, L] ids; by default those that an earlier call knew, or the model's
-            own, if known.
+        model: one of `_FORMS`; an instance may be in a `PeftModel`, a `DataParallel` or compiled.
+        tokenizer: open_clip tokenizer, transformers tokenizer or processor, or any callable list of
+            str -> [B, L] ids; by default the one an earlier call knew, or the model's own.
         preprocess: callable PIL image -> [3, H, W] float tensor, or a transformers image processor
             or processor; by default likewise. A processor gives both where the other is None.
         model_name: open_clip's architecture name, for an open_clip instance or checkpoint whose
@@ -101,8 +96,8 @@ def load_compared(
 ) -> DualEncoder:
     """Load one of several models that are compared; an error names the argument it came from.
 
-    That is `name`: `"model"`, `"original"` or the name of a reference. `model_name` is not used
-    where the model says its architecture itself.
+    `name` is `"model"`, `"original"` or the name of a reference. `model_name` is not used where the
+    model says its architecture itself.
     """
     try:
         used_name = model_name if _takes_model_name(model) else None
@@ -180,30 +175,32 @@ def _load(
     if name.startswith("hf-hub:"):
         return openclip.from_source(name, given, name=name, empty=empty)
     if name.startswith("hf:"):
-        source = name.removeprefix("hf:")
-        is_here = os.path.isdir(os.path.expanduser(source))
-        name = source = os.path.expanduser(source) if is_here else source
-        name = name if is_here else f"hf:{source}"
+        source = os.path.expanduser(name.removeprefix("hf:"))
+        is_here = os.path.isdir(source)
+        name = source if is_here else name
         return huggingface.from_source(source, given, name=name, online=not is_here, empty=empty)
     return _load_named(name, given, empty)
 
 
 def _load_folder(folder: Path, given: Companions, empty: bool) -> DualEncoder:
+    def holds(name: str) -> bool:
+        return (folder / name).is_file()
+
     if not folder.is_dir():
         raise _no_folder(folder)
-    if (folder / DELTA_FILE).is_file():
+    if holds(DELTA_FILE):
         raise InputError(
             f"model: {folder} holds only what an erasure changed; load the original model and put "
             "it on with fasterase.apply_delta(model, folder)"
         )
-    if (folder / PEFT_CONFIG).is_file() and not empty:
+    if holds(PEFT_CONFIG) and not empty:
         return _load_adapter(folder, given)
-    if (folder / CONFIG_FILE).is_file():
-        return openclip.from_source(f"local-dir:{folder}", given, name=str(folder), empty=empty)
-    if (folder / "config.json").is_file():
-        name = str(folder)
+    name = str(folder)
+    if holds(CONFIG_FILE):
+        return openclip.from_source(f"local-dir:{folder}", given, name=name, empty=empty)
+    if holds("config.json"):
         return huggingface.from_source(name, given, name=name, online=False, empty=empty)
-    if (folder / MARKER).is_file():
+    if holds(MARKER):
         raise InputError(
             f"model: {folder} holds weights of an architecture that open_clip does not describe; "
             "build the module yourself, load the weights as its README.md says, and pass the module"

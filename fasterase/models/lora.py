@@ -63,8 +63,7 @@ class LoraAdapter:
 
     def product(self, weight: str) -> Tensor:
         """Return B A, what the adapter adds to a weight."""
-        layer = self.factors[weight]
-        return low_rank_product(*(self.state[f"{layer}.lora_{each}.weight"] for each in "AB"))
+        return layer_product(self.state, self.factors[weight])
 
 
 def parse_rank(tune: str) -> int | None:
@@ -73,8 +72,9 @@ def parse_rank(tune: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def low_rank_product(down: Tensor, up: Tensor) -> Tensor:
-    """Return up [outputs, rank] x down [rank, inputs], the same bits on every machine."""
+def layer_product(state: Mapping[str, Tensor], layer: str) -> Tensor:
+    """Return B [outputs, rank] A [rank, inputs] of a layer, the same bits on every machine."""
+    down, up = (state[f"{layer}.lora_{each}.weight"] for each in "AB")
     total = up[:, :1] * down[:1]  # summed over the rank in order
     for k in range(1, len(down)):
         total += up[:, k : k + 1] * down[k : k + 1]
@@ -132,7 +132,11 @@ def adapting(
             module, adapter_name=_ADAPTER, save_embedding_layers=False
         )
         adapter.state = {name: each.detach().cpu().clone() for name, each in state.items()}
-        _take_off(module, layers)
+        for name, layer in layers.items():  # the model's own in the place of peft's
+            if isinstance(layer, nn.MultiheadAttention):
+                setattr(layer, "out_proj", layer.out_proj.base_layer)  # noqa: B010
+            module.set_submodule(name, layer)
+        del module.peft_config
         _give_back(own)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -183,13 +187,3 @@ def _give_back(noted: _Parameters, *_: Any) -> None:
     for part, parameters in noted:
         part._parameters.clear()
         part._parameters.update(parameters)
-
-
-def _take_off(module: Any, layers: Mapping[str, Any]) -> None:
-    """Put the model's own layers back in the place of peft's."""
-    for name, layer in layers.items():
-        if isinstance(layer, nn.MultiheadAttention):
-            setattr(layer, "out_proj", layer.out_proj.base_layer)  # noqa: B010
-        parent, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(parent), attribute, layer)
-    del module.peft_config

@@ -82,22 +82,23 @@ class OpenClipEncoder(DualEncoder):
 
     def _choose_tokenizer(self, given: Any, source: str | None) -> TextTokenizer | None:
         sizes = self.context_length, self.vocab_size
-        if given is not None or source is None:
-            return None if given is None else wrap_tokenizer(given, *sizes, with_mask=False)
+        if given is not None:
+            return wrap_tokenizer(given, *sizes, with_mask=False)
+        if source is None:
+            return None
         try:
             import open_clip
 
             return wrap_tokenizer(open_clip.get_tokenizer(source), *sizes, with_mask=False)
         except InputError:
-            # open_clip's fallback tokenizer for a model of another vocabulary: not this model's.
-            return None
+            pass  # open_clip's fallback for a model of another vocabulary: not this model's
         except Exception as error:
             warnings.warn(
                 f"the tokenizer of {source} could not be loaded, so captions must be token ids "
                 f"unless tokenizer= is given: {error}",
                 stacklevel=3,
             )
-            return None
+        return None
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         # A matrix: gains may be kept in fp32. Sharded ones are all vectors, and all of one dtype.
@@ -111,9 +112,8 @@ class OpenClipEncoder(DualEncoder):
         visual: Any = self.module.visual
         if hasattr(visual, "trunk"):
             return _timm_parts(visual)
-        if hasattr(visual, "layer4"):
-            pool = visual.attnpool
-            return TowerParts([visual], _resnet_stages(visual), [pool], [pool.c_proj])
+        if stages := _resnet_stages(visual):
+            return TowerParts([visual], stages, [visual.attnpool], [visual.attnpool.c_proj])
         contrastive = getattr(visual, "attn_pool_contrastive", None)
         after = _present(visual.attn_pool, contrastive, visual.ln_post, visual.proj)
         everything = list(visual.parameters())
@@ -149,8 +149,22 @@ class OpenClipEncoder(DualEncoder):
             is_scalar = name in ("logit_scale", "logit_bias")
             state[name] = tensor.reshape(()) if is_scalar else tensor.contiguous()
         save_file(state, folder / WEIGHTS_FILE, {"format": "pt"})
-        if self.config is not None:
-            _write_config(self.module, self.config, self.companions.tokenizer, folder)
+        if self.config is None:
+            return
+        config, tokenizer = deepcopy(self.config), self.companions.tokenizer
+        text = config["text_cfg"]
+        if hasattr(tokenizer, "save_pretrained"):
+            _describe_tokenizer(text, tokenizer)
+        elif text.get("hf_tokenizer_name"):
+            warnings.warn(
+                f"the model is saved without its tokenizer {text['hf_tokenizer_name']!r}, which "
+                "was not loaded; open_clip.get_tokenizer will look for its files in that folder",
+                stacklevel=2,
+            )
+        settings = dict(getattr(self.module.visual, "preprocess_cfg", None) or {})
+        settings.pop("size", None)  # open_clip takes it from the tower
+        written = {"model_cfg": config, "preprocess_cfg": settings}
+        (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n")
 
 
 def from_instance(module: nn.Module, given: Companions, model_name: str | None) -> OpenClipEncoder:
@@ -236,9 +250,8 @@ def from_source(
 def from_checkpoint(file: Path, given: Companions, model_name: str | None) -> OpenClipEncoder:
     """Load a checkpoint of open_clip's training or a state dict; only tensors are unpickled.
 
-    Options of the training that the weights show are followed (see `as_trained`). A file says
-    nothing of preprocessing: without the caller's it is open_clip's standard one. `InputError` if
-    `model_name`, or without it any known architecture, does not fit the weights.
+    A file says nothing of preprocessing: without the caller's it is open_clip's standard one.
+    `InputError` if `model_name`, or without it any known architecture, does not fit the weights.
     """
     import open_clip
 
@@ -246,7 +259,7 @@ def from_checkpoint(file: Path, given: Companions, model_name: str | None) -> Op
     if model_name is None:
         model_name = name_of_weights(state, file)
     trained = as_trained(state, get_named_config(model_name))
-    bias = {name: trained[name] for name in ("init_logit_bias",) if name in trained}
+    bias = {"init_logit_bias": trained["init_logit_bias"]} if "init_logit_bias" in trained else {}
     try:
         module = open_clip.create_model(
             model_name,
@@ -294,9 +307,7 @@ def _context_length(module: nn.Module, config: Config | None) -> int:
     if not is_hf_text(text):
         return int(text.context_length)
     stated = (config or {}).get("text_cfg", {}).get("context_length")
-    return min(
-        stated or _DEFAULT_CONTEXT_LENGTH, int(text.context_length) or _DEFAULT_CONTEXT_LENGTH
-    )
+    return min(each or _DEFAULT_CONTEXT_LENGTH for each in (stated, int(text.context_length)))
 
 
 def _tokenizer_of(name: str) -> list[Any]:
@@ -304,24 +315,6 @@ def _tokenizer_of(name: str) -> list[Any]:
 
     text = open_clip.get_model_config(name)["text_cfg"]
     return [text.get(key) for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")]
-
-
-def _write_config(module: Any, config: Config, tokenizer: Any, folder: Path) -> None:
-    """Write `model_cfg` and `preprocess_cfg`; `tokenizer`'s own files are already in `folder`."""
-    config = deepcopy(config)
-    text = config["text_cfg"]
-    if hasattr(tokenizer, "save_pretrained"):
-        _describe_tokenizer(text, tokenizer)
-    elif text.get("hf_tokenizer_name"):
-        warnings.warn(
-            f"the model is saved without its tokenizer {text['hf_tokenizer_name']!r}, which was "
-            "not loaded; open_clip.get_tokenizer will look for its files in the saved folder",
-            stacklevel=2,
-        )
-    settings = dict(getattr(module.visual, "preprocess_cfg", None) or {})
-    settings.pop("size", None)  # open_clip takes it from the tower
-    written = {"model_cfg": config, "preprocess_cfg": settings}
-    (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n")
 
 
 def _describe_tokenizer(text: Config, source: Any) -> None:
@@ -343,26 +336,26 @@ def _describe_tokenizer(text: Config, source: Any) -> None:
 
 def _timm_parts(visual: Any) -> TowerParts:
     trunk = visual.trunk
-    blocks = list(getattr(trunk, "blocks", ())) or list(getattr(trunk, "stages", ()))
-    if not blocks and hasattr(trunk, "layer4"):
-        blocks = _resnet_stages(trunk)
+    blocks = [*getattr(trunk, "blocks", ())] or [*getattr(trunk, "stages", ())]
+    blocks = blocks or _resnet_stages(trunk)
     after = _after(visual, blocks)
     classifier = trunk.get_classifier()
     own = [*classifier.parameters()] if isinstance(classifier, nn.Module) else []
     return TowerParts([visual], blocks, after, [*visual.head.parameters()] or own or after)
 
 
-def _resnet_stages(resnet: Any) -> list[nn.Module]:
-    return [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
+def _resnet_stages(tower: Any) -> list[nn.Module]:
+    names = ("layer1", "layer2", "layer3", "layer4")
+    return [getattr(tower, name) for name in names] if hasattr(tower, "layer4") else []
 
 
 def _after(tower: nn.Module, blocks: list[nn.Module]) -> list[Part]:
     """Parameters registered after the last block's: libraries register in the order of use."""
-    parameters = list(tower.parameters())
     if not blocks:
         return []
-    last = {id(parameter) for parameter in blocks[-1].parameters()}
-    end = max(i for i, parameter in enumerate(parameters) if id(parameter) in last)
+    parameters = list(tower.parameters())
+    last = set(map(id, blocks[-1].parameters()))
+    end = max(place for place, parameter in enumerate(parameters) if id(parameter) in last)
     return [*parameters[end + 1 :]]
 
 

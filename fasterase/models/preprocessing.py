@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,14 +45,24 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """PIL image -> pixels, whole or in two parts; picklable as its callables are, no weights.
-
-    `wrap_transform` and `build_open_clip_transform` check that the two parts give what the whole
-    gives.
-    """
+    """PIL image -> pixels, whole or in two parts; picklable as its callables are, no weights."""
 
     whole: Callable[[Image], Tensor]  # -> [3, H, W] float32: the model's own or the caller's
     parts: TransformParts | None = None  # None where they cannot be told apart
+
+    @classmethod
+    def of(cls, whole: Callable[[Image], Tensor], picture: Image) -> ImageTransform:
+        """Split `whole` if its parts give the same numbers on `picture`."""
+        try:
+            parts = _propose_parts(whole)
+            if parts is None:
+                return cls(whole)
+            expected, pixels = _run_seeded(whole, picture), _run_seeded(parts.pixels, picture)
+            same = pixels.dtype == torch.uint8 and pixels.shape == expected.shape
+            same = same and torch.allclose(parts.normalise(pixels), expected, rtol=1e-6, atol=1e-5)
+        except Exception:
+            return cls(whole)  # An unusual transform: correct whole, and only slower.
+        return cls(whole, parts if same else None)
 
     def __call__(self, image: Image) -> Tensor:
         """Return [3, H, W] float32, resized, cropped and normalised."""
@@ -89,15 +100,17 @@ class TransformParts:
         pixels: Tensor,  # [..., 3, H, W] uint8
     ) -> Tensor:
         """(pixels / divisor - mean) / std in float32, in torchvision's order of operations."""
+
+        def per_channel(numbers: tuple[float, ...]) -> Tensor:  # [3, 1, 1] or [1, 1, 1]
+            # Filled on the device: copying from the host would wait for all work queued before.
+            return torch.stack([values.new_full((1, 1), number) for number in numbers])
+
         values = pixels.to(torch.float32).div_(self.divisor)
-        return values.sub_(_per_channel(self.mean, pixels)).div_(_per_channel(self.std, pixels))
+        return values.sub_(per_channel(self.mean)).div_(per_channel(self.std))
 
 
 class TextTokenizer:
-    """A tokenizer of either library, or any callable, at one model's context length.
-
-    Picklable if the tokenizer, its `source`, is: data-loader workers receive a copy.
-    """
+    """A tokenizer of either library, or any callable; picklable if that, its `source`, is."""
 
     def __init__(self, source: Any, context_length: int, *, with_mask: bool) -> None:
         self.source = source
@@ -160,14 +173,8 @@ def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransfo
             "[3, H, W] tensor nor a transformers image processor"
         )
     picture = _noise_picture(image_size)
-    try:
+    with _naming_failure(f"preprocess: {type(preprocess).__name__} failed on a plain RGB image"):
         pixels = _run_seeded(whole, picture)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"preprocess: {type(preprocess).__name__} failed on a plain RGB image: {error}"
-        ) from error
     expected = (3, *image_size)
     is_tensor = isinstance(pixels, Tensor)
     if not is_tensor or not pixels.is_floating_point() or pixels.shape != expected:
@@ -178,7 +185,7 @@ def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransfo
             f"preprocess: gave {found}, but the model takes float tensors of shape {expected} "
             "(channels, height, width)"
         )
-    return ImageTransform(whole, _find_parts(whole, picture))
+    return ImageTransform.of(whole, picture)
 
 
 def build_open_clip_transform(
@@ -190,7 +197,7 @@ def build_open_clip_transform(
     # Settings read from a file hold lists instead of tuples; the description must not differ.
     plain = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
     whole = image_transform_v2(PreprocessCfg(**plain), is_train=False)
-    return ImageTransform(whole, _find_parts(whole, _noise_picture(image_size)))
+    return ImageTransform.of(whole, _noise_picture(image_size))
 
 
 def describe_transform(transform: Callable[..., Any] | None) -> str:
@@ -218,20 +225,25 @@ def wrap_tokenizer(
             "a transformers tokenizer or processor, or a callable list of str -> [B, L] ids"
         )
     wrapped = TextTokenizer(tokenizer, context_length, with_mask=with_mask)
-    try:
+    with _naming_failure(f"tokenizer: {type(tokenizer).__name__} failed on a plain caption"):
         ids = wrapped(["a photo of a cat"]).ids
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"tokenizer: {type(tokenizer).__name__} failed on a plain caption: {error}"
-        ) from error
     if int(ids.max()) >= vocab_size:
         raise InputError(
             f"tokenizer: {type(tokenizer).__name__} gave the id {int(ids.max())}, but the model's "
             f"vocabulary has {vocab_size}: it is not this model's tokenizer"
         )
     return wrapped
+
+
+@contextmanager
+def _naming_failure(what: str) -> Iterator[None]:
+    """Make any error of the caller's function an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def read_size(size: int | Sequence[int]) -> tuple[int, int]:
@@ -259,8 +271,7 @@ class ProcessorTransform:
     def __call__(self, image: Image) -> Tensor:
         return self._run(image).float()
 
-    def parts(self) -> TransformParts:
-        """Take rescaling and normalisation out of the processor."""
+    def propose_parts(self) -> TransformParts:
         processor = self.processor
         rescales = getattr(processor, "do_rescale", False)
         normalises = getattr(processor, "do_normalize", False)
@@ -293,26 +304,11 @@ def _convert_to_rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
-def _find_parts(whole: Callable[[Image], Tensor], picture: Image) -> TransformParts | None:
-    """The two parts of `whole`; None unless they give the same numbers on `picture`."""
-    try:
-        parts = _propose_parts(whole)
-        if parts is None:
-            return None
-        expected, pixels = _run_seeded(whole, picture), _run_seeded(parts.pixels, picture)
-        if pixels.dtype != torch.uint8 or pixels.shape != expected.shape:
-            return None
-        same = torch.allclose(parts.normalise(pixels), expected, rtol=1e-6, atol=1e-5)
-    except Exception:
-        return None  # An unusual transform: it runs whole, which is correct and only slower.
-    return parts if same else None
-
-
 def _propose_parts(whole: Callable[[Image], Tensor]) -> TransformParts | None:
     from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 
     if isinstance(whole, ProcessorTransform):
-        return whole.parts()
+        return whole.propose_parts()
     if not isinstance(whole, Compose):
         return None
     *steps, last = whole.transforms
@@ -325,12 +321,6 @@ def _propose_parts(whole: Callable[[Image], Tensor]) -> TransformParts | None:
         return None
     head = Compose([*steps, PILToTensor(), torch.Tensor.contiguous])
     return TransformParts(head, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
-
-
-def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    # Filled on the device: copying from the host would wait for all work queued before.
-    columns = [torch.full((1, 1), v, dtype=torch.float32, device=like.device) for v in values]
-    return torch.stack(columns)  # [3, 1, 1] or [1, 1, 1]
 
 
 def _noise_picture(image_size: tuple[int, int]) -> Image:

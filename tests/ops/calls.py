@@ -1,13 +1,34 @@
-"""Calls of the operator made from the oracle's batches, and the distance from its results."""
+"""The backends of this process, their calls, and how far results may be from the fp64 oracle's."""
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import numpy as np
+import pytest
 import torch
 
-from fasterase.ops.contrastive import contrastive
+from fasterase.ops.contrastive import available_backends, contrastive
+from fasterase.ops.contrastive.operator import Batch
+from tests import oracle
 
 INPUTS = ("image", "text", "scale")
+# With TRITON_INTERPRET=1 tests run on the Triton kernels in NumPy, else on all other backends.
+IS_INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+BACKENDS = tuple(name for name in available_backends() if (name == "triton") == IS_INTERPRETED)
+TILED = tuple(name for name in BACKENDS if name != "dense")
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_tiled_backend = pytest.mark.parametrize("backend", TILED)
+# Only without a compiler: kernels that do not compile must fail here, not be passed over.
+COMPILER = os.environ.get("CXX", "c++")
+needs_kernels = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} here")
+# The widest precision of these backends.
+WIDE = torch.float32 if IS_INTERPRETED else torch.float64
+# By backend, in fp32. Upstream gradients are N(0, 1) a sample, not 1/N, so that almost no gradient
+# hides below the floor of `relative_error`; autograd's plain fp32 then errs up to 2.4e-4 (labels,
+# N = 1031, scale 14.3).
+TOLERANCE = {"dense": 4e-4, "chunked": 2e-4, "cpu": 3e-4, "triton": 3e-4}
 
 
 def rounded(batch, dtype=torch.float32):
@@ -37,8 +58,43 @@ def tensors(batch, dtype=torch.float32, *, scale_dtype=torch.float64, device="cp
     return call
 
 
-def without_reference(call):
-    return {name: value for name, value in call.items() if not name.startswith("ref_")}
+def make(
+    n=40,
+    width=8,
+    scale=30.0,
+    *,
+    dtype=torch.float32,
+    ref_width=None,
+    labels=None,
+    cones=False,
+    reference=True,
+    seed=0,
+    device="cpu",
+):
+    """(call, batch): a call's arguments and, for the oracle, the same as `dtype` holds it.
+
+    Args:
+        labels: how many different ones, None for no labels.
+        cones: images in one and texts in the opposite one, where a fixed shift loses every term.
+    """
+    gap = 5.0 if cones else 0.0
+    batch = oracle.clip_like(
+        n, width, scale, ref_width=ref_width, num_labels=labels, modality_gap=gap, seed=seed
+    )
+    batch.ref_scale = 100.0 if cones else 20.0
+    batch = rounded(batch.rows(slice(n), reference=reference), dtype)
+    scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return tensors(batch, dtype, scale_dtype=scale_dtype, device=device), batch
+
+
+def arguments(call, *, detached=True):
+    """The tensors of a call in the order of the operators' arguments."""
+    given = [call.get(name) for name in Batch._fields]
+    return [x.detach() if detached and x is not None else x for x in given]
+
+
+def leaves(call):
+    return [call[name] for name in INPUTS if call[name].requires_grad]
 
 
 def run(call, upstream, groups=None, backend="auto"):
@@ -48,7 +104,7 @@ def run(call, upstream, groups=None, backend="auto"):
         (torch.tensor(w, device=x.device) * x.double()).sum()
         for w, x in zip(upstream, losses, strict=False)
     )
-    return losses, torch.autograd.grad(total, [call[name] for name in INPUTS])
+    return losses, torch.autograd.grad(total, leaves(call))
 
 
 def relative_error(found, expected, scale):
@@ -69,18 +125,30 @@ def assert_same_bits(left, right):
     assert all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
 
 
-def features(n=40, width=8, dtype=torch.float32, *, seed=0, feature_dtype=None):
-    """Random unit rows and scales, in the order of the operators' arguments."""
-    torch.manual_seed(seed)
-    sides = [torch.nn.functional.normalize(torch.randn(n, width, dtype=dtype)) for _ in range(4)]
-    image, text, ref_image, ref_text = (side.to(feature_dtype or dtype) for side in sides)
-    scale, ref_scale = (torch.tensor(x, dtype=dtype) for x in (30.0, 20.0))
-    differentiable = (x.requires_grad_() for x in (image, text, scale))
-    return *differentiable, ref_image, ref_text, ref_scale
+def check(backend, call, batch, groups=None, *, tolerance=None, cones=False, call_it=run):
+    """Hold losses and gradients to the oracle's; gradients of half precision, to a few roundings.
 
-
-def weighted_mean(image, text, scale, ref_image, ref_text, ref_scale, backend):
-    """Of all four losses."""
-    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
-    losses = contrastive(image, text, scale, **reference, backend=backend)
-    return sum(weight * x.mean() for weight, x in enumerate(losses, 1))
+    Logits of opposite `cones` near -95 carry 1e-5 of fp32 rounding, which the weight of a whole
+    direction multiplies by 100: their weights are 1 / sqrt(N), between a mean's and a sample's.
+    """
+    dtype, n, scale = call["image"].dtype, len(batch.image), batch.scale
+    if tolerance is None:
+        tolerance = 5e-4 if cones else TOLERANCE[backend]
+        tolerance = 1e-10 if dtype == torch.float64 else tolerance
+    upstream = (n**-0.5 if cones else 1.0) * np.random.default_rng(3).normal(size=(4, n))
+    losses, gradients = call_it(call, upstream, groups, backend)
+    expected, exact = oracle.contrastive(batch, upstream, groups)
+    for found, value in zip(losses, expected, strict=False):
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert relative_error(found, value, scale) < tolerance
+    assert [x.dtype for x in gradients[:2]] == [dtype, dtype]
+    if dtype in (torch.float32, torch.float64):
+        for found, value in zip(gradients, (exact.image, exact.text, exact.scale), strict=True):
+            assert relative_error(found, value, scale) < tolerance
+        return
+    epsilon = torch.finfo(dtype).eps
+    for found, value in zip(gradients[:2], (exact.image, exact.text), strict=True):
+        assert norm_error(found, value) < (8 if cones else 2) * epsilon
+    # A sum over cosines of either sign: its error counts against the terms, not the result.
+    terms = np.abs(batch.image * exact.image).sum() / scale
+    assert abs(gradients[2].item() - exact.scale) < epsilon * terms

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasterase.ops.contrastive import chunked, explain_backend
+from fasterase.ops.contrastive import chunked
 from fasterase.ops.contrastive.dense import contrastive_dense
 from fasterase.ops.contrastive.operator import Batch, Wanted
 from tests import oracle
-from tests.ops.calls import INPUTS, norm_error, relative_error, tensors
+from tests.ops.calls import INPUTS, arguments, make, norm_error, relative_error, tensors
 
+ROOT = Path(__file__).resolve().parents[2]
 EVERY = Wanted(image=True, text=True, scale=True, rounded=False)
 HALVES = [("fp16", torch.float16), ("bf16", torch.bfloat16)]
-
-
-def batch_of(call: dict, dtype: torch.dtype = torch.float32) -> Batch:
-    given = {name: x.detach().to(dtype) for name, x in call.items() if name != "labels"}
-    return Batch(*(given.get(name) for name in Batch._fields))
 
 
 def run(batch: Batch, upstream, groups, products):
     """Losses and gradients."""
     losses, *saved = chunked._forward(batch, groups, products)
-    weights = torch.as_tensor(upstream, dtype=torch.float32)
+    weights = torch.as_tensor(upstream, dtype=batch.scale.dtype)
     return losses, chunked._backward(weights, batch, tuple(saved), groups, EVERY, products)
 
 
@@ -69,17 +66,16 @@ def test_halves_are_multiplied_as_such_and_nothing_is_read_back(products, dtype,
     assert {x.dtype for x in (losses, *gradients)} == {torch.float32}
 
 
-@pytest.mark.parametrize("gap", [0.0, 5.0])
-@pytest.mark.parametrize("has_ref", [True, False])
-def test_maxima_found_on_the_way(as_on_a_gpu, gap, has_ref):
+@pytest.mark.parametrize("cones", [False, True])
+@pytest.mark.parametrize("reference", [True, False])
+def test_maxima_found_on_the_way(as_on_a_gpu, cones, reference):
     """In fp64 exact; also for opposite cones, where a fixed shift loses every term."""
-    data = oracle.clip_like(60, 24, 100.0, modality_gap=gap).rows(slice(0, 60), reference=has_ref)
-    batch = batch_of(tensors(data, torch.float64), torch.float64)
+    call, data = make(60, 24, 100.0, dtype=torch.float64, cones=cones, reference=reference)
+    batch = Batch(*arguments(call))
     upstream = np.random.default_rng(0).normal(size=(4, 60))
     upstream[2 * batch.matrices :] = 0
-    losses, *saved = chunked._forward(batch, (1, 19, 40), "fp64")
-    weights = torch.tensor(upstream[: len(losses)])
-    gradients = chunked._backward(weights, batch, tuple(saved), (1, 19, 40), EVERY, "fp64")
+    weights = upstream[: 2 * batch.matrices]
+    losses, gradients = run(batch, weights, (1, 19, 40), "fp64")
     values, exact = oracle.contrastive(data, upstream, (1, 19, 40))
     for found, value in zip(losses, values, strict=False):
         assert relative_error(found, value, 100.0) < 1e-10
@@ -91,7 +87,7 @@ def test_maxima_found_on_the_way(as_on_a_gpu, gap, has_ref):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_where_it_is(as_on_a_gpu, name, value):
     """As with the fixed shift: the losses of other rows and an infinite one's sign are kept."""
-    batch = batch_of(tensors(oracle.clip_like(20, 8, 10.0)))
+    batch = Batch(*arguments(make(20, 8, 10.0)[0]))
     getattr(batch, name)[3, 2] = value
     found, *_ = chunked._forward(batch, (20,), "fp32")
     dense = torch.stack(contrastive_dense(*batch, (20,)))
@@ -102,10 +98,10 @@ def test_what_is_not_finite_stays_where_it_is(as_on_a_gpu, name, value):
 @pytest.mark.parametrize("length", [1e-4, 1.0, 300.0])  # of rows: fp16 holds neither as they are
 def test_halves_are_near_fp64(as_on_a_gpu, products, dtype, length):
     n = 150
-    data = oracle.clip_like(n, 512, 100.0)
+    _, data = make(n, 512, 100.0)
     data.image *= length
     data.scale /= length
-    batch = batch_of(tensors(data))
+    batch = Batch(*arguments(tensors(data, scale_dtype=torch.float32)))
     upstream = np.full((4, n), 1 / n)
     losses, gradients = run(batch, upstream, (50, 100), products)
     values, exact = oracle.contrastive(data, upstream, (50, 100))
@@ -117,7 +113,7 @@ def test_halves_are_near_fp64(as_on_a_gpu, products, dtype, length):
 
 
 def test_two_equal_models_have_no_kl_in_halves(as_on_a_gpu):
-    batch = batch_of(tensors(oracle.clip_like(40, 16, 50.0)))
+    batch = Batch(*arguments(make(40, 16, 50.0)[0]))
     same = batch._replace(ref_image=batch.image, ref_text=batch.text, ref_scale=batch.scale)
     of_kl = [[0.0] * 40] * 2 + [[1.0] * 40] * 2
     losses, gradients = run(same, of_kl, (40,), "fp16")
@@ -125,17 +121,30 @@ def test_two_equal_models_have_no_kl_in_halves(as_on_a_gpu):
     assert max(each.abs().max() for each in gradients) < 1e-5
 
 
-def test_a_gpu_honours_products_without_its_kernels():
-    with FakeTensorMode():
-        pair = torch.empty(4, 8, device="cuda"), torch.empty(4, 8, device="cuda")
-        halves = [each.bfloat16() for each in pair]
+# The limits of the shift, which torch, C++ and Triton cannot define in one place.
+def find_one(sources: list[Path], pattern: str) -> str:
+    """The one match in all sources; Triton's are read as text, since triton may be missing."""
+    texts = (path.read_text(encoding="utf-8") for path in sorted(sources))
+    found = [match for text in texts for match in re.findall(pattern, text, re.MULTILINE)]
+    assert len(found) == 1, (pattern, found)
+    return found[0]
 
-    def products(features, **options):
-        return explain_backend(*features, 1.0, backend="chunked", **options).products
 
-    assert [products(pair, products=name) for name in ("fp16", "bf16", "fp32", "auto")] == [
-        *("fp16", "bf16", "fp32", "fp32")
-    ]
-    assert products(halves) == "bf16"
-    on_cpu = torch.ones(4, 8)
-    assert products((on_cpu, on_cpu), products="fp16") == "fp32"
+def read_cpp(name: str) -> float:
+    sources = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cpp")]
+    value = find_one(sources, rf"^constexpr double {name} = ([^;]+);")
+    return float.fromhex(value) if value.startswith("0x") else float(value)
+
+
+def read_triton(name: str) -> float:
+    """`tl.constexpr(66.0)` or `tl.constexpr(2.0**-80)`."""
+    pattern = rf"^_?{name}(?:: tl\.constexpr)? = tl\.constexpr\(([^)]+)\)"
+    base, _, exponent = find_one([*(ROOT / "kernels").glob("*.py")], pattern).partition("**")
+    return float(base) ** float(exponent or 1)
+
+
+@pytest.mark.parametrize("name", ["HEADROOM", "UNDERFLOW"])
+def test_all_backends_share_their_limits(name):
+    value = getattr(chunked, name)
+    assert read_cpp(f"k{name.capitalize()}") == value
+    assert read_triton(name) == value

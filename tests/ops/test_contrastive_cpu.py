@@ -1,109 +1,100 @@
-"""Special to the C++ backend: its build, its registration with torch, threads, kept logits."""
+"""Special to the C++ backend: threads, kept logits, strides, and products in bf16.
+
+Where there is no AMX those run in plain loops: all but the kernel.
+"""
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fasterase
-from fasterase.cli import main
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import api, contrastive, cpu, explain_backend
-from tests.ops.calls import features, weighted_mean
+from fasterase.ops.contrastive import api, contrastive, cpu, explain_backend, weighted_contrastive
+from fasterase.ops.contrastive.dense import contrastive_dense
+from tests import oracle
+from tests.ops import calls
+from tests.ops.calls import (
+    INPUTS,
+    arguments,
+    assert_same_bits,
+    check,
+    leaves,
+    make,
+    needs_kernels,
+    norm_error,
+)
 
-# Only without a compiler: kernels that do not compile must fail here, not be passed over.
-COMPILER = os.environ.get("CXX", "c++")
-needs_kernels = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} here")
+pytestmark = needs_kernels
 
 
-loss = functools.partial(weighted_mean, backend="cpu")
+def loss(call, backend="cpu"):
+    """The weighted mean of all four losses."""
+    losses = contrastive(**call, backend=backend)
+    return sum(weight * x.mean() for weight, x in enumerate(losses, 1))
 
 
-def gradients(function, inputs):
-    total = function(*inputs)
-    return (total, *torch.autograd.grad(total, inputs[:3]))
+def gradients(call, backend="cpu"):
+    """The loss and its gradients."""
+    total = loss(call, backend)
+    return (total, *torch.autograd.grad(total, leaves(call)))
 
 
-@needs_kernels
 @pytest.mark.parametrize(("forward", "backward"), [(1, 1), (2, 2), (3, 3), (3, 1)])
 def test_threads_change_the_tiles_but_hardly_the_numbers(forward, backward):
-    inputs = features(300, 64)
-    expected = gradients(lambda *x: weighted_mean(*x, "chunked"), inputs)
+    call, _ = make(300, 64)
+    expected = gradients(call, "chunked")
     before = torch.get_num_threads()
     runs = []
     try:
         for _ in range(2):
             torch.set_num_threads(forward)
-            total = loss(*inputs)
+            total = loss(call)
             torch.set_num_threads(backward)
-            runs.append((total, *torch.autograd.grad(total, inputs[:3])))
+            runs.append((total, *torch.autograd.grad(total, leaves(call))))
     finally:
         torch.set_num_threads(before)
-    assert all(map(torch.equal, *runs))
+    assert_same_bits(*runs)
     torch.testing.assert_close(runs[0], expected, rtol=1e-4, atol=1e-6)
 
 
-@needs_kernels
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.3, 0.99])
 def test_kept_logits_change_no_bit(share, monkeypatch):
-    inputs = features(100, 8)
+    call, _ = make(100, 8)
     monkeypatch.setattr(cpu, "_TILE", 16)
-    expected = gradients(loss, inputs)
+    expected = gradients(call)
     monkeypatch.setattr(cpu, "_KEPT_BYTES", int(share * 2 * 100 * 100 * 4))
-    assert all(map(torch.equal, gradients(loss, inputs), expected))
+    assert_same_bits(gradients(call), expected)
 
 
-@needs_kernels
 def test_graphs_alive_at_once_share_no_kept_logits():
     """The memory of a finished step serves the next one, and only then. 3 MB: large enough to."""
-    batches = [features(620, 8, seed=seed) for seed in range(3)]
-    small = features(300, 8, seed=3)
-    expected = [gradients(loss, inputs)[1:] for inputs in (*batches, small)]
+    batches = [make(n, 8, seed=seed)[0] for seed, n in enumerate((620, 620, 620, 300))]
+    expected = [gradients(call)[1:] for call in batches]
     for _ in range(2):
-        totals = [loss(*inputs) for inputs in (*batches, small)]
-        for inputs, total, exact in zip((*batches, small), totals, expected, strict=True):
-            assert all(map(torch.equal, torch.autograd.grad(total, inputs[:3]), exact))
+        totals = [loss(call) for call in batches]
+        for call, total, exact in zip(batches, totals, expected, strict=True):
+            assert_same_bits(torch.autograd.grad(total, leaves(call)), exact)
 
 
-@needs_kernels
-def test_rows_may_lie_apart():
-    image, text, *rest = features(50, 8)
-    expected = gradients(loss, (image, text, *rest))
-    inside = torch.zeros(50, 20)
-    inside[:, 4:12] = image.detach()
-    apart = inside[:, 4:12].requires_grad_()
-    turned = text.detach().t().contiguous().t().requires_grad_()
-    found = gradients(loss, (apart, turned, *rest))
-    assert all(map(torch.equal, found, expected))
-
-
-@needs_kernels
 def test_rows_may_overlap():
-    image, text, *rest = features(70, 8)
+    call, _ = make(70, 8)
     windows = torch.randn(77).unfold(0, 8, 1)
     for overlapping in (windows, windows[:1].expand(70, 8), windows.half()):
-        for sides in ((overlapping, text), (image, overlapping)):
-            found = gradients(loss, (*(each.detach().requires_grad_() for each in sides), *rest))
-            copies = (each.detach().clone().requires_grad_() for each in sides)
-            assert all(map(torch.equal, found, gradients(loss, (*copies, *rest))))
+        for name in ("image", "text"):
+            copied = overlapping.clone().requires_grad_()
+            found = gradients(call | {name: overlapping.detach().requires_grad_()})
+            assert_same_bits(found, gradients(call | {name: copied}))
 
 
-@needs_kernels
 @pytest.mark.parametrize(("n", "width"), [(1, 8), (4, 0)])
 def test_blas_is_given_no_stride_that_it_refuses(n, width, capfd):
     """It would say so, and compute nothing."""
-    image, text, *_ = features(n, width)
     image, text = (
-        x.detach().as_strided((n, width), (1, n)).requires_grad_() for x in (image, text)
+        torch.ones(n * width).as_strided((n, width), (1, n)).requires_grad_() for _ in range(2)
     )
     losses = contrastive(image, text, torch.tensor(3.0, requires_grad=True), backend="cpu")
     (losses.ce_row + losses.ce_col).sum().backward()
@@ -112,24 +103,13 @@ def test_blas_is_given_no_stride_that_it_refuses(n, width, capfd):
     assert not any(capfd.readouterr())
 
 
-@needs_kernels
 def test_small_numbers_survive_the_library():
     """-ffast-math in a shared library would flush them to zero for the whole process."""
     assert (torch.tensor([1e-40]) * torch.tensor([1.0])).item() > 0
 
 
-@needs_kernels
-def test_compile_command(capsys):
-    assert main(["compile"]) == 0
-    path = capsys.readouterr().out.split()[-1]
-    assert Path(path).is_file()
-
-
-@needs_kernels
 def test_auto_takes_it_for_cpu_tensors():
-    image, text, scale, *_ = features()
-    assert "cpu" in fasterase.available_backends()
-    assert explain_backend(image, text, scale).name == "cpu"
+    assert explain_backend(**make()[0]).name == "cpu"
 
 
 def test_other_devices_are_refused(monkeypatch):
@@ -139,141 +119,105 @@ def test_other_devices_are_refused(monkeypatch):
         api.choose_backend("cpu", (elsewhere, elsewhere))
 
 
-def python(program, **environment):
-    """Start a fresh interpreter on `program`, with a cache of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", program],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-_WITHOUT_COMPILER = """
-import torch, warnings, fasterase
-x = torch.eye(3)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(3):
-        fasterase.contrastive(x, x, 2.0)
-assert [w.category for w in caught] == [UserWarning], caught
-print(caught[0].message)
-print(fasterase.explain_backend(x, x, 2.0))
-print(fasterase.available_backends())
-try:
-    fasterase.contrastive(x, x, 2.0, backend="cpu")
-except fasterase.InputError as error:
-    print(error)
-"""
-
-
-def test_without_a_compiler_torch_tiles_run_and_one_warning_says_so(tmp_path):
-    process = python(_WITHOUT_COMPILER, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="no-such-compiler")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    warning, choice, names, error = out.splitlines()
-    assert "slower: no C++ compiler (no-such-compiler is not on PATH)" in warning
-    assert choice.startswith("chunked, fp32 products: auto")
-    assert "cpu" not in names
-    assert "backend='cpu' is not available in this installation: no C++ compiler" in error
-
-
-_BUILD = """
-from fasterase.ops.contrastive.cpu import load_library
-print(load_library())
-"""
-
-
-# Compiling takes long; a copy of what it would give does as well.
-_REBUILD = """
-import os, pathlib
-from fasterase.ops.contrastive import cpu
-whole = pathlib.Path(os.environ["WHOLE"]).read_bytes()
-calls = []
-def copy(name, sources, library):
-    calls.append(name)
-    library.write_bytes(whole)
-cpu._compile_library = copy
-reason = cpu.load_kernels()
-print(len(calls), reason and reason.replace(" ", "_"))
-"""
-
-
-@pytest.mark.slow
-@needs_kernels
-def test_processes_may_build_at_once(tmp_path):
-    builders = [python(_BUILD, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(2)]
-    results = [process.communicate() for process in builders]
-    assert [process.returncode for process in builders] == [0, 0], results
-    (library, said), (other, also_said) = results  # beside what torch says of a missing GPU
-    assert library == other
-    assert (said + also_said).count("compiling the C++ kernels") == 1
-    assert {path.suffix for path in tmp_path.iterdir()} == {".so", ".lock"}
-
-
-@pytest.mark.slow
-@needs_kernels
-def test_a_damaged_library_is_built_again_once(tmp_path, monkeypatch):
-    """In processes of their own: a truncated library could kill one."""
-    whole = cpu.build_library()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    damaged = tmp_path / whole.name
-    for content in (whole.read_bytes()[:-1000], b"\x7fELF\2", b"no library"):
-        damaged.write_bytes(content)
-        process = python(_REBUILD, WHOLE=str(whole))
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        assert out.split()[-2:] == ["1", "None"]
-        assert damaged.read_bytes() == whole.read_bytes()
-    damaged.write_bytes(b"no library")
-    process = python(_REBUILD, WHOLE=str(damaged))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    calls, reason = out.split()[-2:]
-    assert calls == "1"
-    assert damaged.name in reason
-
-
-@needs_kernels
-def test_a_library_runs_without_its_compiler(tmp_path, monkeypatch):
-    whole = cpu.build_library()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(whole.parent))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert cpu.build_library() == max(
-        whole.parent.glob(f"{whole.stem.rpartition('_')[0]}_*.so"), key=os.path.getmtime
-    )
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    with pytest.raises(cpu.BuildError, match="no-such-compiler is not on PATH"):
-        cpu.build_library()
-
-
-@pytest.mark.parametrize("knows_openmp", [True, False])
-def test_a_failing_compiler_is_a_reason(knows_openmp, tmp_path, monkeypatch, capsys):
-    compiler = tmp_path / "broken-g++"  # torch looks for a name that it knows
-    compiler.write_text(
-        "#!/bin/sh\n"
-        '[ "$1" = --version ] && exec c++ --version\n'
-        f'case "$*" in *-fsyntax-only*) {"exit 0" if knows_openmp else ":"};; esac\n'
-        "echo 'x.cpp:1:1: error: nothing works' >&2; exit 1\n"
-    )
-    compiler.chmod(0o755)
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache))
-    with pytest.raises(cpu.BuildError, match=r"failed .*nothing|cannot compile them .*nothing"):
-        cpu.build_library()
-    assert ("about a minute" in capsys.readouterr().err) == knows_openmp  # else not even begun
-    assert [path.suffix for path in cache.glob("*")] == [".lock"]
-
-
-@needs_kernels
 def test_fake_tensors_pass_through_losses_and_gradients():
     with FakeTensorMode():
-        image, text, scale, *_ = features(12)
-        image, text, scale = (x.detach().requires_grad_() for x in (image, text, scale))
-        losses = contrastive(image, text, scale, labels=torch.arange(12) // 2, backend="cpu")
+        call = [torch.randn(shape, requires_grad=True) for shape in ((12, 8), (12, 8), ())]
+        losses = contrastive(*call, labels=torch.arange(12) // 2, backend="cpu")
         (losses.ce_row + losses.ce_col).sum().backward()
     assert losses.ce_row.shape == (12,)
     assert losses.kl_row is None
-    assert [x.grad.shape for x in (image, text, scale)] == [(12, 8), (12, 8), ()]
+    assert [x.grad.shape for x in call] == [(12, 8), (12, 8), ()]
+
+
+@pytest.fixture
+def amx(monkeypatch):
+    """Products as on a CPU with AMX, in several ragged tiles."""
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(cpu, "_TILE", 96)
+
+
+def run_weighted(call, upstream, groups, backend):
+    weights = torch.tensor(upstream, dtype=torch.float32)
+    made = weighted_contrastive(**call, weights=weights, groups=groups, backend=backend)
+    return made.losses, torch.autograd.grad(made.total, leaves(call))
+
+
+# 507: no even depth; 1280: wider than long; two opposite cones: every row has its own shift.
+@pytest.mark.parametrize(
+    ("n", "width", "scale", "labels", "groups", "cones"),
+    [
+        (252, 507, 14.3, None, None, False),
+        (252, 40, 100.0, 60, (100, 0, 1, 151), False),
+        (37, 16, 1.0, 5, (0, 37), False),
+        (130, 1280, 100.0, None, None, False),
+        (252, 64, 100.0, None, (100, 152), True),
+    ],
+)
+def test_bf16_features_match_the_oracle(amx, monkeypatch, n, width, scale, labels, groups, cones):
+    """Their exact products are summed in fp32: only gradients are rounded, to a few roundings."""
+    options = {"dtype": torch.bfloat16, "ref_width": 24, "labels": labels, "cones": cones}
+    call, batch = make(n, width, scale, **options)
+    check("cpu", call, batch, groups, cones=cones)
+    monkeypatch.setattr(cpu, "_KEPT_BYTES", 4 * sum(k * k for k in groups or (n,)))  # half
+    check("cpu", call, batch, groups, cones=cones, call_it=run_weighted)
+
+
+def test_fp32_features_are_rounded_once_and_sums_are_fp32(amx):
+    """Nearer to fp64 than torch's own bf16, whose logits are bf16 too; the diagonal is exact."""
+    n, groups = 150, (50, 100)
+    call, batch = make(n, 512, 100.0)
+    upstream = np.full((4, n), 1 / n)
+    losses, gradients = calls.run(call | {"products": "bf16"}, upstream, groups, "cpu")
+    values, exact = oracle.contrastive(batch, upstream, groups)
+    eager = [x.bfloat16() for x in arguments(call)]
+    sides = [x.requires_grad_() for x in eager[:2]]
+    naive = torch.stack(contrastive_dense(*eager, groups))
+    slopes = torch.autograd.grad((naive / n).sum(), sides)
+    for found, other, value in zip(losses, naive, values, strict=True):
+        error, its = (np.abs(x.detach().double().numpy() - value).max() for x in (found, other))
+        assert error < 0.1 * its
+    for name, found, other in zip(INPUTS[:2], gradients, slopes, strict=False):
+        error, its = (norm_error(x, getattr(exact, name)) for x in (found, other))
+        assert 1e-5 < error < 0.5 * its
+
+
+def test_two_equal_models_have_no_kl(amx):
+    call, _ = make(40, 16, 50.0)
+    same = {f"ref_{name}": call[name].detach() for name in INPUTS}
+    losses = contrastive(**call | same, backend="cpu", products="bf16")
+    assert torch.stack(losses[2:]).abs().max() < 1e-6
+
+
+def test_nan_stays_in_its_row_and_group(amx):
+    call, _ = make(150, 8, 100.0, dtype=torch.bfloat16)
+    with torch.no_grad():
+        call["text"][130, 2] = torch.nan
+    losses = contrastive(**call, groups=(50, 100), backend="cpu")
+    assert all(bool(x[:50].isfinite().all()) for x in losses)
+    assert losses.ce_col[50:].isnan().nonzero().tolist() == [[80]]
+    total = sum(x[:50].sum() for x in losses)
+    for gradient in torch.autograd.grad(total, [call["image"], call["text"]]):
+        assert bool(gradient[:50].isfinite().all())
+        assert not gradient[50:].any()
+
+
+def test_products_are_named_only_where_they_are_used(monkeypatch):
+    wide, half = torch.ones(4, 8), torch.ones(4, 8).bfloat16()
+
+    def products(image, text, **options):
+        return explain_backend(image, text, 1.0, backend="cpu", **options).products
+
+    for has_amx, found in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(cpu, "multiplies_bf16", lambda has_amx=has_amx: has_amx)
+        assert products(half, half) == products(wide, half, products="bf16") == found
+        assert products(half, half, products="fp32") == products(wide, half) == "fp32"
+        assert products(wide, wide, products="fp16") == "fp32"
+        assert products(wide.double(), wide, products="bf16") == "fp64"
+        reference = {"ref_image": wide, "ref_text": half, "ref_scale": 1.0}
+        assert products(half, half, **reference) == "fp32"
+
+
+def test_this_cpu_is_asked():
+    """Where torch sees no AMX, the operator must not take its plain loops."""
+    assert cpu.load_kernels() is None
+    assert cpu.multiplies_bf16() <= torch.cpu._is_amx_tile_supported()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fasterase.ops.contrastive import (
     contrastive,
     explain_backend,
 )
+from tests.ops.test_contrastive_triton import VERSION, needs_triton
 
 
 def call(**changes):
@@ -138,3 +141,59 @@ def test_auto_leaves_fp64_on_a_gpu_to_torch_tiles(image_dtype, text_dtype, monke
         choice = explain_backend(image, text, 1.0, products="fp16")
         assert choice.name == ("chunked" if has_fp64 else "triton")
         assert choice.products == ("fp64" if has_fp64 else "fp16")
+
+
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_products_on_a_gpu(backend, monkeypatch):
+    fp64, fp32, fp16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+    def products(*dtypes, asked="auto"):
+        with FakeTensorMode():
+            features = [torch.empty(4, 3, dtype=dtype, device="cuda") for dtype in dtypes]
+        return checks.resolve_products(asked, backend, features)
+
+    for asked, used in {"auto": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}.items():
+        assert products(fp32, fp32, asked=asked) == used
+    assert products(fp16, fp16) == products(fp16, fp16, asked="fp32") == "fp16"
+    assert products(bf16, bf16) == "bf16"
+    assert products(fp16, fp16, fp16, fp32) == "fp32"  # never one of them alone
+    assert products(fp64, fp32, asked="fp16") == "fp64"
+    monkeypatch.setattr(checks, "allows_tf32", lambda: True)
+    assert products(fp32, fp32) == "tf32"
+    assert products(fp32, fp32, asked="fp32") == "fp32"
+
+
+@pytest.mark.skipif(
+    VERSION < (3, 5) or torch.cuda.is_available(), reason="has a GPU, or no Triton 3.5"
+)
+def test_without_a_gpu_triton_is_refused():
+    with pytest.raises(InputError, match="no CUDA device"):
+        contrastive(**call(backend="triton"))
+
+
+@needs_triton
+def test_an_old_triton_is_refused(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.4.1+git")
+    with pytest.raises(InputError, match=r"kernels need 3\.5"):
+        contrastive(**call(backend="triton"))
+
+
+@needs_triton
+def test_an_old_gpu_is_refused_and_auto_takes_torch_tiles(monkeypatch):
+    """A T4 has too little shared memory for the tiles."""
+    with FakeTensorMode():
+        on_gpu = torch.empty(4, 3, device="cuda")
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for major in (8, 7):
+        properties = SimpleNamespace(major=major)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda x=properties: x)
+        assert ("triton" in available_backends()) == (major == 8)
+    with pytest.raises(InputError, match=r"compute capability 8\.0"):
+        contrastive(**call(backend="triton"))
+    api._warn_of_fallback.cache_clear()
+    # It would multiply in fp32 without tensor cores: not in silence.
+    with pytest.warns(UserWarning, match=r"torch tiles .* capability 8\.0.* Losses, and the prec"):
+        choice = explain_backend(on_gpu, on_gpu, 1.0)
+    assert choice.name == "chunked"
+    assert "compute capability 8.0" in choice.reason

@@ -8,10 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasterase.ops.contrastive import api, available_backends, contrastive, weighted_contrastive
+from fasterase.ops.contrastive import api, contrastive, weighted_contrastive
 from fasterase.ops.contrastive import labels as label_ops
 from fasterase.ops.contrastive.labels import find_kinds
 from tests import oracle
+from tests.ops.calls import assert_same_bits, each_backend
 
 
 def features(n=12, width=5, dtype=torch.float64):
@@ -42,39 +43,25 @@ def gradients(terms, inputs):
     return torch.autograd.grad((torch.stack(tuple(terms)) * weights).sum(), inputs)
 
 
-def check(inputs, labels, groups):
-    found = compute_label_terms(*inputs, labels, groups)
-    wanted = expected(*inputs, labels.tolist(), groups)
-    results, exact = ((*terms, *gradients(terms, inputs)) for terms in (found, wanted))
-    torch.testing.assert_close(results, exact, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     "dtype",
     [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)],
 )
-@pytest.mark.parametrize("groups", [(12,), (5, 7), (1, 1, 10)])
-def test_any_integers(dtype, groups):
-    limits = torch.iinfo(dtype)
-    values = [limits.min, limits.max, 0, limits.max - 1, limits.min + 1, limits.max // 2 + 1]
-    labels = torch.tensor([values[i] for i in (0, 1, 2, 0, 1, 5, 3, 0, 2, 4, 1, 1)], dtype=dtype)
-    check(features(), labels, groups)
-
-
-@pytest.mark.parametrize("backend", [x for x in available_backends() if x != "triton"])
-def test_every_backend_takes_any_int64(backend):
-    """Neighbours above 2^53, which fp64 merges, stay apart; only equality counts."""
-    values = [-(2**63), 2**63 - 1, 2**53, 2**53 + 1, -1, -(2**53) - 1, -(2**53), 0]
-    small = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 3, 5])
-    large = torch.tensor(values)[small]
+@each_backend
+def test_any_integers(backend, dtype):
+    """Only equality counts: neighbours above 2^53, which fp64 merges, stay apart."""
+    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    values = [least, most, most // 2, most // 2 + 1, most - 1, least + 1, least + 2, most - 2]
+    small = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 3, 5]
+    large = torch.tensor([values[i] for i in small], dtype=dtype)
     image, text, scale = features(dtype=torch.float32)
     found, expected = (
         contrastive(image, text, scale, labels=labels, groups=(9, 3), backend=backend)[:2]
-        for labels in (large, small)
+        for labels in (large, torch.tensor(small))
     )
-    assert all(map(torch.equal, found, expected))
+    assert_same_bits(found, expected)
     assert not torch.equal(found[0], contrastive(image, text, scale, backend=backend).ce_row)
-    assert all(map(torch.equal, gradients(found, [image]), gradients(expected, [image])))
+    assert_same_bits(gradients(found, [image]), gradients(expected, [image]))
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3])
@@ -84,8 +71,12 @@ def test_pieces_of_long_runs_and_blocks_of_columns(piece, block, monkeypatch):
     monkeypatch.setattr(label_ops, "_BLOCK_CPU", block)
     monkeypatch.setattr(label_ops, "_LEAST_COLUMNS", 1)
     labels = torch.tensor([2, 2, 2, 0, 2, 2, 1, 0, 1, 2, 2, 2])
-    for groups in ((12,), (4, 8)):
-        check(features(), labels, groups)
+    inputs = features()
+    for groups in ((12,), (4, 8), (1, 1, 10)):
+        found = compute_label_terms(*inputs, labels, groups)
+        wanted = expected(*inputs, labels.tolist(), groups)
+        results, exact = ((*terms, *gradients(terms, inputs)) for terms in (found, wanted))
+        torch.testing.assert_close(results, exact, rtol=1e-10, atol=1e-12)
 
 
 def test_a_label_that_occurs_once_adds_exactly_nothing():
@@ -150,7 +141,7 @@ def test_one_caption_for_all_keeps_its_precision():
 
 
 @pytest.mark.parametrize("num_labels", [1, 7])
-@pytest.mark.parametrize("backend", [x for x in available_backends() if x != "triton"])
+@each_backend
 def test_many_positives_keep_the_precision_of_the_sums(backend, num_labels):
     """Over several tiles, whose positives are a whole tile, or scattered."""
     image, text, _ = (x.detach() for x in features(1300, 4))
@@ -218,7 +209,7 @@ def test_the_definition_stays_differentiable_twice():
     assert torch.autograd.gradgradcheck(lambda image: losses(image, inputs[1].detach()), inputs[0])
 
 
-@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "triton"])
+@each_backend
 def test_labels_that_change_between_the_passes_change_no_gradient(backend):
     """They are kept, or their change is an error."""
     image, text, scale, *_ = features()
@@ -249,4 +240,4 @@ def test_the_same_bits_with_any_number_of_threads():
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
+        assert_same_bits(found[0], other)

@@ -11,20 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import api, available_backends, contrastive, weighted_contrastive
-from tests import oracle
-from tests.ops.calls import INPUTS, assert_same_bits, features, tensors
+from fasterase.ops.contrastive import api, contrastive, weighted_contrastive
+from tests.ops.calls import INPUTS, assert_same_bits, each_backend, each_tiled_backend, leaves, make
 
-# On CPU tensors; contrastive_triton_interpreted.py has the GPU's backend.
-BACKENDS = tuple(name for name in available_backends() if name != "triton")
-TILED = tuple(name for name in BACKENDS if name != "dense")
 N, WIDTH = 60, 8
 
 
-def batch(dtype=torch.float32, *, n=N, scale=30.0, reference=True, labels=None, wanted=INPUTS):
-    """(call, weights), the call's first three arguments positional."""
-    made = oracle.clip_like(n, WIDTH, scale, ref_width=5, num_labels=labels)
-    call = tensors(made.rows(slice(n), reference=reference), dtype)
+def batch(dtype=torch.float32, *, n=N, reference=True, wanted=INPUTS, **options):
+    """(call, weights)."""
+    call, _ = make(n, WIDTH, ref_width=5, dtype=dtype, reference=reference, **options)
     for name in INPUTS:
         call[name].requires_grad_(name in wanted)
     weights = np.random.default_rng(1).normal(size=(4 if reference else 2, n))
@@ -38,7 +33,7 @@ def plain(weights, **call):
 
 
 def gradients(total, call):
-    return torch.autograd.grad(total, [call[x] for x in INPUTS if call[x].requires_grad])
+    return torch.autograd.grad(total, leaves(call))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -52,7 +47,7 @@ def gradients(total, call):
         *(({"wanted": w}, None) for k in (1, 2) for w in itertools.combinations(INPUTS, k)),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_matches_the_losses_and_their_gradients(backend, options, groups, dtype):
     call, weights = batch(dtype, **options)
     call |= {"groups": groups, "backend": backend}
@@ -69,7 +64,7 @@ def test_matches_the_losses_and_their_gradients(backend, options, groups, dtype)
         torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * other.abs().max().item())
 
 
-@pytest.mark.parametrize("backend", TILED)
+@each_tiled_backend
 def test_a_grad_scaler_s_factor_arrives_before_the_rounding(backend):
     """A power of two: the same bits. Without it the gradients are below fp16's normal range."""
     call, weights = batch(torch.float16, scale=100.0)
@@ -83,7 +78,7 @@ def test_a_grad_scaler_s_factor_arrives_before_the_rounding(backend):
     assert (late - found[0].float()).norm() > 2e-3 * found[0].float().norm()
 
 
-@pytest.mark.parametrize("backend", TILED)
+@each_tiled_backend
 def test_large_weights_of_half_precision_do_not_overflow_between_the_passes(backend):
     call, weights = batch(torch.float16)
     found = weighted_contrastive(weights=65536.0 * weights, **call, backend=backend).total
@@ -91,7 +86,7 @@ def test_large_weights_of_half_precision_do_not_overflow_between_the_passes(back
     assert_same_bits(gradients(found / 65536.0, call), gradients(expected, call))
 
 
-@pytest.mark.parametrize("backend", TILED)
+@each_tiled_backend
 def test_derivatives_in_forward_mode_are_refused(backend):
     """They would be 0, silently."""
     image, weights = torch.eye(3), torch.ones(2, 3)
@@ -103,7 +98,7 @@ def test_derivatives_in_forward_mode_are_refused(backend):
         torch.func.jvp(total, (image,), (image,))
 
 
-@pytest.mark.parametrize("backend", TILED)
+@each_tiled_backend
 def test_a_grad_scaler_s_factor_reaches_gradients_of_repeated_labels_too(backend):
     call, weights = batch(torch.float16, labels=12)
     weights = weights.float() * 1e-7
@@ -116,7 +111,7 @@ def test_a_grad_scaler_s_factor_reaches_gradients_of_repeated_labels_too(backend
     assert (found - expected).norm() < 2e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("backend", TILED)
+@each_tiled_backend
 def test_only_gradients_live_between_the_passes(backend):
     call, weights = batch(wanted=("image", "scale"))
     watched = [weakref.ref(call[name]) for name in ("ref_image", "ref_text", "text")]
@@ -143,7 +138,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend", TILED)
+@each_tiled_backend
 def test_gradients_are_made_in_the_forward_pass_where_any_is_wanted(backend):
     forward = f"contrastive_{backend}"
     call, weights = batch()
@@ -165,7 +160,7 @@ def test_gradients_are_made_in_the_forward_pass_where_any_is_wanted(backend):
     torch.testing.assert_close(found.total, total.detach(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", TILED)
+@each_tiled_backend
 def test_differentiable_once_and_over_a_retained_graph(backend):
     call, weights = batch()
     total = weighted_contrastive(weights=weights, **call, backend=backend).total
@@ -179,7 +174,7 @@ def test_differentiable_once_and_over_a_retained_graph(backend):
     assert torch.equal(kept, torch.autograd.grad(total, call["image"])[0])
 
 
-@pytest.mark.parametrize("backend", TILED)
+@each_tiled_backend
 def test_autocast_changes_nothing(backend):
     call, weights = batch(labels=25)
     expected = weighted_contrastive(weights=weights, **call, backend=backend)
@@ -188,23 +183,7 @@ def test_autocast_changes_nothing(backend):
     assert_same_bits(*((each.total, *gradients(each.total, call)) for each in (found, expected)))
 
 
-@pytest.mark.parametrize("backend", TILED)
-def test_compiles_as_one_graph(backend):
-    def run(weights, **call):
-        return weighted_contrastive(weights=weights, **call, backend=backend)
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for n in (40, 52, 57):  # from the second on with symbolic sizes
-        call, weights = batch(n=n)
-        found, expected = (f(weights, **call) for f in (compiled, run))
-        assert torch.equal(found.total, expected.total)
-        assert all(map(torch.equal, found.losses, expected.losses))
-        assert not found.losses.kl_col.requires_grad
-        pair = [gradients(65536.0 * x.total, call) for x in (found, expected)]
-        assert all(map(torch.equal, *pair))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_a_batch_without_pairs(backend):
     empty = torch.zeros(0, 3, requires_grad=True)
     found = weighted_contrastive(empty, empty, 1.0, torch.zeros(2, 0), backend=backend)
@@ -233,12 +212,11 @@ def test_wrong_weights_are_named(weights, message):
 
 def test_gradients_of_several_upstreams_at_once():
     """As `torch.func` and `jacobian(vectorize=True)` ask for them."""
-    image, text, scale, *_ = features()
-    weights = torch.rand(2, 40)
-    upstreams = torch.tensor([1.0, 2.0, 0.5])
+    call, weights = batch(reference=False)
+    image, upstreams = call["image"], torch.tensor([1.0, 2.0, 0.5])
 
     def total():
-        return weighted_contrastive(image, text, scale, weights).total
+        return weighted_contrastive(**call, weights=weights).total
 
     (found,) = torch.autograd.grad(total(), image, upstreams, is_grads_batched=True)
     (once,) = torch.autograd.grad(total(), image)

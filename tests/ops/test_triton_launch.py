@@ -1,4 +1,4 @@
-"""Launches through handles, under a driver that launches nothing."""
+"""Plans of the launches of a step, and launches through handles, with a driver that does none."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from benchmarks.loss.gpu_model import host_time
 from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive import triton_launch
 from fasterase.ops.contrastive.triton_launch import Launcher
+from fasterase.ops.contrastive.triton_plan import count_slots, plan_strips, strip_stride
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5),
@@ -107,3 +108,26 @@ def test_rows_of_the_host_s_time():
     assert [found["triton", loss]["launches"] for loss in ("InfoNCE", "InfoNCE + KL")] == [9, 10]
     for loss in ("InfoNCE", "InfoNCE + KL"):
         assert 0 < found["triton", loss]["ms"] < found["dense", loss]["ms"]
+
+
+@pytest.mark.parametrize("n", [1, 300, 1000])
+@pytest.mark.parametrize("elements", [0, 40_000, 10**9])
+def test_strips_cover_every_row_once(n, elements):
+    strips = plan_strips(n, elements, 32)
+    assert [row for rows in strips for row in range(n)[rows]] == list(range(n))
+    assert all(rows.start % 32 == 0 for rows in strips)
+    longest = max(rows.stop - rows.start for rows in strips)
+    assert longest == strips[0].stop
+    assert longest * strip_stride(n) <= max(elements, 32 * strip_stride(n))
+    assert elements < 10**9 or len(strips) == 1
+
+
+def test_strips_are_equally_long():
+    """12,000 rows of 11,136: in two, the second would fill a fraction of a GPU."""
+    assert plan_strips(12_000, 2**27, 128) == [slice(0, 6016), slice(6016, 12_000)]
+
+
+def test_slots_are_few():
+    assert [count_slots(n, 128) for n in (0, 1, 128, 129, 4096, 4097, 2**20)] == [
+        *(0, 1, 1, 2, 32, 17, 32)
+    ]

@@ -124,9 +124,8 @@ def contrastive(
         InputError: an argument has the wrong type, shape, dtype or device, the reference requires
             grad, the backend is unknown or not available here, or products is unknown.
     """
-    given = Batch(image, text, scale, ref_image, ref_text, ref_scale)  # type: ignore[arg-type]
-    batch, sizes = _prepare(given, labels, groups)
-    return _compute(_choose(backend, products, batch), batch, sizes, labels)
+    given = image, text, scale, ref_image, ref_text, ref_scale
+    return _compute(_check_call(given, labels, groups, backend, products))
 
 
 def weighted_contrastive(
@@ -167,37 +166,31 @@ def weighted_contrastive(
         InputError: `contrastive` would raise it, or weights have the wrong shape, dtype or device,
             or require grad.
     """
-    given = Batch(image, text, scale, ref_image, ref_text, ref_scale)  # type: ignore[arg-type]
-    batch, sizes = _prepare(given, labels, groups)
+    given = image, text, scale, ref_image, ref_text, ref_scale
+    call = _check_call(given, labels, groups, backend, products)
     check_weights(weights, image, ref_image is not None)
-    choice = _choose(backend, products, batch)
-    weights = weights.to(batch.scale.dtype)
-    run = load_backend(choice.name)
-    if sizes and isinstance(run, Operator):
-        return _sum_weighted_losses(run, batch, weights, sizes, labels, choice.products)
-    differentiable = _compute(choice, batch, sizes, labels)
-    stacked = torch.stack([loss for loss in differentiable if loss is not None])
+    weights = weights.to(call.batch.scale.dtype)
+    run = load_backend(call.choice.name)
+    if call.groups and isinstance(run, Operator):
+        return _sum_weighted_losses(call, run, weights)
+    stacked = torch.stack([loss for loss in _compute(call) if loss is not None])
     return Weighted((weights * stacked).sum(), unpack_losses(stacked.detach()))
 
 
 def _sum_weighted_losses(
+    call: _Call,
     operator: Operator,
-    batch: Batch,
     weights: Tensor,  # [2 or 4, N]
-    groups: Groups,
-    labels: Tensor | None,
-    products: str,
 ) -> Weighted:
+    batch, groups = call.batch, call.groups
     wants = batch.requires_grad()
     is_wanted = True in wants
-    options, kinds = _choose_options(operator, batch, groups, labels, products, is_wanted)
+    options, kinds = call.options_of(operator)
     # The operators have no derivatives in forward mode: the function below says so.
     in_forward_mode = forward_ad._current_level >= 0
-    native = operator.weighted
-    if torch.compiler.is_compiling() or in_forward_mode:
-        native = None
-    if is_wanted and native is not None:
-        total, losses = native(weights, *batch, groups, *options)
+    is_plain = not (torch.compiler.is_compiling() or in_forward_mode)
+    if is_wanted and is_plain and operator.weighted is not None:
+        total, losses = operator.weighted(weights, *batch, groups, *options)
     elif is_wanted or in_forward_mode:
         total, losses = _GradientsInForward.apply(
             *batch, operator, groups, options, kinds, wants, weights
@@ -208,21 +201,6 @@ def _sum_weighted_losses(
             _add_terms(losses, batch, kinds)
         total = (weights * losses).sum()
     return Weighted(total, unpack_losses(losses))
-
-
-def _choose_options(
-    operator: Operator,
-    batch: Batch,
-    groups: Groups,
-    labels: Tensor | None,
-    products: str,
-    is_differentiable: bool,
-) -> tuple[tuple[Any, ...], Tensor | None]:
-    """(options of the call, `Kinds` of labels that the operator does not take itself)."""
-    options = operator.options(batch, groups, is_differentiable, products)
-    if operator.takes_labels:
-        return (None if labels is None else labels.to(batch.image.device), *options), None
-    return options, find_kinds(labels, groups, batch.image.device)
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -242,17 +220,14 @@ class _GradientsInForward(torch.autograd.Function):
         return (weights * losses).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _multiply_saved_gradients(ctx, upstream)
-
-
-@differentiable_once
-def _multiply_saved_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = (
-        (gradient * upstream).to(dtype) if is_wanted else None
-        for gradient, dtype, is_wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
-    )
-    return (*gradients, *(None,) * 9)
+    @differentiable_once
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
+        gradients = (
+            (gradient * upstream).to(dtype) if is_wanted else None
+            for gradient, dtype, is_wanted in saved
+        )
+        return (*gradients, *(None,) * 9)
 
 
 def _add_terms(losses: Tensor, batch: Batch, kinds: Tensor) -> Tensor:
@@ -299,13 +274,12 @@ def explain_backend(
     products: str = "auto",
 ) -> BackendChoice:
     """The backend that the same call of `contrastive` uses; raises what that would raise."""
-    given = Batch(image, text, scale, ref_image, ref_text, ref_scale)  # type: ignore[arg-type]
-    batch, sizes = _prepare(given, labels, groups)
-    choice = _choose(backend, products, batch)
-    run = load_backend(choice.name)
-    if sizes and isinstance(run, Operator):
-        run.options(batch, sizes, True in batch.requires_grad(), choice.products)
-    return choice
+    given = image, text, scale, ref_image, ref_text, ref_scale
+    call = _check_call(given, labels, groups, backend, products)
+    run = load_backend(call.choice.name)
+    if call.groups and isinstance(run, Operator):
+        call.options_of(run)
+    return call.choice
 
 
 def available_backends() -> tuple[str, ...]:
@@ -336,53 +310,67 @@ def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> 
     return backend, "named by the caller"
 
 
-def _prepare(
-    given: Any,  # a Batch whose scales may be numbers
+class _Call(NamedTuple):
+    """A call whose arguments were checked."""
+
+    batch: Batch
+    groups: Groups  # those with rows
+    labels: Tensor | None
+    choice: BackendChoice
+
+    def options_of(self, operator: Operator) -> tuple[tuple[Any, ...], Tensor | None]:
+        """(options of the operator, `Kinds` of labels that it does not take itself)."""
+        batch, groups, labels, choice = self
+        wants = True in batch.requires_grad()
+        options = operator.options(batch, groups, wants, choice.products)
+        if operator.takes_labels:
+            return (None if labels is None else labels.to(batch.image.device), *options), None
+        return options, find_kinds(labels, groups, batch.image.device)
+
+
+def _check_call(
+    given: tuple[Any, ...],  # as in a Batch, but scales may be numbers
     labels: Tensor | None,
     groups: tuple[int, ...] | None,
-) -> tuple[Batch, Groups]:
-    """Check all arguments but the backend; the batch, and the sizes of the groups with rows."""
-    check_pairs(given.image, given.text)
-    check_scale(given.scale, "scale")
-    absent = (given.ref_image is None, given.ref_text is None, given.ref_scale is None)
-    if any(absent) and not all(absent):
-        missing = [name for name, value in given._asdict().items() if value is None]
+    backend: str,
+    products: str,
+) -> _Call:
+    """Check all arguments, and choose the backend."""
+    image, text, scale, ref_image, ref_text, ref_scale = given
+    check_pairs(image, text)
+    check_scale(scale, "scale")
+    dtype = compute_dtype(image, text)
+    features = [image, text]
+    missing = [name for name, x in zip(Batch._fields, given, strict=True) if x is None]
+    if not missing:
+        check_reference(image, ref_image, ref_text)
+        check_scale(ref_scale, "ref_scale")
+        ref_scale = scale_tensor(ref_scale, image, dtype).detach()
+        features += [ref_image, ref_text]
+    elif len(missing) < 3:
         raise InputError(
             f"ref_image, ref_text and ref_scale go together; {' and '.join(missing)} missing. "
             f"Pass all three, or none."
         )
-    image, dtype = given.image, compute_dtype(given.image, given.text)
-    ref_scale = None
-    if not any(absent):
-        check_reference(image, given.ref_image, given.ref_text)
-        check_scale(given.ref_scale, "ref_scale")
-        ref_scale = scale_tensor(given.ref_scale, image, dtype).detach()
     if labels is not None:
         check_labels(labels, image.shape[0])
     sizes = check_groups(groups, image.shape[0])
-    scale = scale_tensor(given.scale, image, dtype)
-    return Batch(image, given.text, scale, given.ref_image, given.ref_text, ref_scale), sizes
-
-
-def _choose(backend: str, products: str, batch: Batch) -> BackendChoice:
+    scale = scale_tensor(scale, image, dtype)
     check_products(products)
-    name, reason = choose_backend(backend, (batch.image, batch.text))
-    features = [batch.image, batch.text]
-    if batch.ref_image is not None and batch.ref_text is not None:
-        features += [batch.ref_image, batch.ref_text]
-    return BackendChoice(name, reason, resolve_products(products, name, features))
+    name, reason = choose_backend(backend, (image, text))
+    choice = BackendChoice(name, reason, resolve_products(products, name, features))
+    batch = Batch(image, text, scale, ref_image, ref_text, ref_scale)
+    return _Call(batch, sizes, labels, choice)
 
 
-def _compute(
-    choice: BackendChoice, batch: Batch, groups: Groups, labels: Tensor | None
-) -> Contrastive:
+def _compute(call: _Call) -> Contrastive:
+    batch, groups, labels, choice = call
     if not groups:
         return batch.empty_losses()
     backend = load_backend(choice.name)
     if not isinstance(backend, Operator):
         return backend(*batch, groups, labels)
-    wants = any(batch.requires_grad())
-    options, kinds = _choose_options(backend, batch, groups, labels, choice.products, wants)
+    options, kinds = call.options_of(backend)
     losses = unpack_losses(backend.differentiable(*batch, groups, *options))
     if kinds is None:
         return losses

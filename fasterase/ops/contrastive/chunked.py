@@ -213,15 +213,12 @@ def _stable_sums(logits: Logits, ref: Logits | None) -> tuple[Shift, Shift | Non
     if not logits.image.is_cpu:
         return _sum_tiles(logits, ref, Shift.from_peaks)
     found = _sum_tiles(logits, ref, Shift.from_bound)
-    if len(logits.image) < 2 or _are_sound(found[2], ref):
-        return found
-    return _sum_tiles(logits, ref, Shift.from_peaks)
-
-
-def _are_sound(sums: Sums, ref: Logits | None) -> bool:
+    sums = found[2]
     positive = sums.student if ref is None else torch.stack((sums.student, sums.ref))
     in_range = (positive >= UNDERFLOW).all() & (positive < torch.inf).all()
-    return bool(in_range & sums.cross.isfinite().all())
+    if len(logits.image) < 2 or in_range & sums.cross.isfinite().all():
+        return found
+    return _sum_tiles(logits, ref, Shift.from_peaks)
 
 
 def _sum_tiles(
@@ -249,20 +246,15 @@ def _iterate_tiles(
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
     """(rows, cols, tile of S, tile of S0 or None) in a fixed order; none for a single pair."""
     n = len(logits.image)
-    spans = _split_evenly(n, logits.image.device) if n > 1 else []
+    tile = _TILE_CPU if logits.image.is_cpu else _TILE_ACCELERATOR
+    step = math.ceil(n / math.ceil(n / tile))  # nearly equal parts
+    spans = [slice(start, min(start + step, n)) for start in range(0, n, step)] if n > 1 else []
     for rows in spans:
         scaled = logits.scale_rows(rows)
         ref_scaled = None if ref is None else ref.scale_rows(rows)
         for cols in spans:
             s0 = None if ref is None or ref_scaled is None else ref.multiply(ref_scaled, cols)
             yield rows, cols, logits.multiply(scaled, cols), s0
-
-
-def _split_evenly(n: int, device: torch.device) -> list[slice]:
-    """The rows, and likewise the columns, of a group of n in nearly equal parts."""
-    tile = _TILE_CPU if device.type == "cpu" else _TILE_ACCELERATOR
-    step = math.ceil(n / math.ceil(n / tile))
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def _longest_row(rows: Tensor) -> Tensor:

@@ -157,9 +157,8 @@ def build_library() -> Path:
     """The shared library, compiled if it is not in the cache; any number of processes may ask.
 
     The cache is `TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`. The library's name has
-    digests of sources, flags, torch, libc, the CPU's features and the compiler, so neither an
-    update nor a home folder shared by different machines can load the wrong code. Where there is no
-    compiler, that of any compiler will do.
+    digests of all that it depends on, the compiler last: neither an update nor a home folder shared
+    by different machines can load the wrong code. Without a compiler, that of any one will do.
 
     Raises:
         BuildError: there is no compiler, it failed, or the cache cannot be written.

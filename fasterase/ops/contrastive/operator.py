@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -65,10 +65,6 @@ class Wanted(NamedTuple):
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-# Returns losses [2 or 4, N], statistics [matrices, 3, 2 (rows, columns), N] (the shift, the sums or
-# a value that replaces them, the miss probability), and the backend's own saved tensors.
-Forward = Callable[..., tuple[Tensor, ...]]
-Backward = Callable[..., Gradients]
 Options = Callable[[Batch, Groups, bool, str], tuple[Any, ...]]
 
 
@@ -87,13 +83,13 @@ class Operator:
     # InputError where the backend cannot take the batch.
     options: Options
     # Whether labels, or None, come before the options; else their terms are added to the losses.
-    takes_labels: bool = False
+    takes_labels: bool
     # (weights, *batch, groups, *wanted, *options) -> (losses, d_image, d_text, d_scale), where the
     # backend has a faster way than forward and backward.
-    step: Callable[..., tuple[Tensor, ...]] | None = None
+    step: Callable[..., tuple[Tensor, ...]] | None
     # (weights, *batch, groups, *options) -> (the differentiable weighted total, losses), where C++
     # has a step and its autograd.
-    weighted: Callable[..., tuple[Tensor, Tensor]] | None = None
+    weighted: Callable[..., tuple[Tensor, Tensor]] | None
 
     def take_step(
         self, weights: Tensor, batch: Batch, groups: Groups, wanted: Wanted, options: Any
@@ -115,31 +111,32 @@ def register(
     name: str,
     saved: Mapping[str, Callable[..., Tensor]],
     *,
+    options: Options,
+    options_schema: str,
     key: str | None = None,
-    forward: Forward | None = None,
-    backward: Backward | None = None,
+    forward: Callable[..., tuple[Tensor, ...]] | None = None,
+    backward: Callable[..., Gradients] | None = None,
     step: Callable[..., tuple[Tensor | None, ...]] | None = None,
     in_cpp: bool = False,
-    options_schema: str = "",
-    options: Options = lambda batch, groups, is_differentiable, products: (),
 ) -> Operator:
     """Define `fasterase::{name}` and `fasterase::{name}_backward`, with fakes and autograd.
 
     Args:
         saved: the tensors that forward returns after losses and statistics: for each name a
             function of (batch, groups, *options) that makes an empty tensor like it.
+        options, options_schema: of the last arguments, see `Operator`.
         key: dispatch key of the functions below; None where C++ registers them.
-        forward: a function of (batch, groups, *options).
+        forward: a function of (batch, groups, *options) that returns losses [2 or 4, N], statistics
+            [matrices, 3, 2 (rows, columns), N] (the shift, the sums or a value that replaces them,
+            the miss probability), and the tensors to save.
         backward: a function of (upstream, batch, (statistics, *saved), groups, wanted, *options);
             returns None for a gradient that is not wanted.
         step: a function of (weights, batch, groups, wanted, *options) that returns losses and
             gradients, likewise.
         in_cpp: C++ registers all of them and `fasterase::{name}_weighted`, and takes labels.
-        options_schema: schema of the arguments that `options` returns.
     """
     outputs = [f"Tensor {output}" for output in ("statistics", *saved)]
-    options_schema = f"Tensor? labels, {options_schema}" if in_cpp else options_schema
-    more = f", {options_schema}" if options_schema else ""
+    more = f", {'Tensor? labels, ' if in_cpp else ''}{options_schema}"
 
     def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
         assert forward is not None
@@ -165,10 +162,9 @@ def register(
         inputs = f"Tensor weights, {_BATCH}, SymInt[] groups{more}"
         schema = f"({inputs}) -> (Tensor total, Tensor losses)"
         weighted_op = define(f"{name}_weighted", schema, None, None, None)
-    operator = Operator(forward_op, forward_op, backward_op, options, in_cpp, step_op, weighted_op)
-    backward_pass = _make_backward(operator)
-    losses_of = add_autograd(forward_op, _save_context, backward_pass, first_only=True)
-    return replace(operator, differentiable=losses_of)
+    derivative = _make_backward(backward_op)
+    losses_of = add_autograd(forward_op, _save_context, derivative, first_only=True)
+    return Operator(forward_op, losses_of, backward_op, options, in_cpp, step_op, weighted_op)
 
 
 def define(
@@ -263,31 +259,27 @@ def add_autograd(
 
 
 def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.groups, *ctx.options = inputs[6:]
+    ctx.groups, first, *ctx.options = inputs[6:]
     _, *saved = output
-    # Labels among the options: saved as the features are, so that a later change of them raises.
-    ctx.labels = [place for place, x in enumerate(ctx.options) if isinstance(x, Tensor)]
-    labels = [ctx.options[place] for place in ctx.labels]
-    for place in ctx.labels:
-        ctx.options[place] = None
+    # Labels come first: saved as the features are, so that a later change of them raises.
+    is_labels = isinstance(first, Tensor)
+    ctx.first_option = None if is_labels else first
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*labels, *inputs[:6], *saved)
+    ctx.save_for_backward(first if is_labels else None, *inputs[:6], *saved)
 
 
-def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
+def _make_backward(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
     """The backward pass of losses, which is skipped for losses that nobody uses."""
 
     @differentiable_once
     def run(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         wants = ctx.needs_input_grad
         wanted = Wanted._make((*wants[:3], True))
-        options, count = list(ctx.options), len(ctx.labels)
-        held = ctx.saved_tensors  # once: a checkpoint that computes them again does so only once
-        for place, labels in zip(ctx.labels, held[:count], strict=True):
-            options[place] = labels
-        saved = held[count:]
-        made = operator.backward(upstream, *saved, ctx.groups, *wanted, *options)
+        # Read once: a checkpoint that computes them again does so only once.
+        labels, *saved = ctx.saved_tensors
+        first = ctx.first_option if labels is None else labels
+        made = backward(upstream, *saved, ctx.groups, *wanted, first, *ctx.options)
         gradients = (g if is_wanted else None for g, is_wanted in zip(made, wants, strict=False))
         return (*gradients, *(None,) * (len(wants) - 3))
 
@@ -305,7 +297,7 @@ def differentiable_once(run: Callable[..., Any]) -> Callable[..., Any]:
     """
     refuse = once_differentiable(run)
 
-    def differentiate(ctx: Any, upstream: Tensor) -> Any:
+    def differentiate(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         if torch.is_grad_enabled():
             return refuse(ctx, upstream.detach().requires_grad_())
         return run(ctx, upstream)
