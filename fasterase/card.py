@@ -17,6 +17,7 @@ from fasterase.facts import RunFacts
 from fasterase.files import MARKER
 from fasterase.models.dual_encoder import DualEncoder, loading_code
 from fasterase.numerals import counted
+from fasterase.page import LIMITS, state
 from fasterase.provenance import FILE, erasures
 from fasterase.report.templating import render
 
@@ -111,6 +112,7 @@ def model_card(
         title=title,
         run=run,
         names=names,
+        limits=state(run)[LIMITS],
         recipe=_describe_recipe(run),
         chain=erasures(run.record),
         loading=loading.strip(),

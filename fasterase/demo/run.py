@@ -37,7 +37,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.progress import launched_rank
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
-from fasterase.report.plots import plot_history
+from fasterase.report.plots import history_charts, plot_charts
 
 # What the summary calls each recipe.
 RECIPES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}
@@ -155,7 +155,7 @@ def run_demo(
     evaluation.to_json(folder / "evaluation.json")
     write_text(folder / "evaluation.txt", evaluation.table() + "\n")
     if results[recipe].history:  # empty where the model never knew the concept
-        plot_history(results[recipe].history, folder / "losses.png")
+        plot_charts(history_charts(results[recipe].history), folder / "losses.png")
     draw_sheet(sets, original, folder / "model", folder / "pictures.png")
     if (folder / REST).is_file():
         called = "fruit" if forget == emoji.DEFAULT_FORGET else emoji.class_name(forget)

@@ -28,7 +28,7 @@ from fasterase.evaluation.metrics import IMAGE_TO_IMAGE, METRICS, OLD_INDEX, TOW
 from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.files import check_creatable, check_writable, parse_path, to_json, write_text
 from fasterase.numerals import counted
-from fasterase.report.plots import plot_findings, plot_series
+from fasterase.report.plots import plot_charts, plot_findings, series_charts
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
 from fasterase.report.templating import inline, render
 
@@ -196,10 +196,12 @@ class Evaluation:
         files = []
         for kind, name, findings in self.examined():
             path, title = folder / f"{name}.png", f"{kind} {name} of {self.settings['model']}"
-            if self.series.get(name):
-                files.append(plot_series(self.series[name], path, title=title))
-            else:
-                files.append(plot_findings([*findings.values()], path, title=title))
+            charts = series_charts(self.series.get(name, ()))
+            files.append(
+                plot_charts(charts, path, title=title)
+                if charts
+                else plot_findings([*findings.values()], path, title=title)
+            )
         return files
 
     def to_json(self, path: str | PathLike[str]) -> Path:
@@ -420,6 +422,8 @@ def describe_hurt(evaluation: Evaluation, *, count: int) -> str:
 
 
 def describe_outside(outside: Mapping[str, float]) -> str:
+    if not outside:
+        return ""
     text = (
         f"Outside the sets: {outside['things']:,} everyday things kept "
         f"{100 * outside['neighbours']:.0f} % of their nearest neighbours; "
