@@ -241,14 +241,12 @@ class RunFacts:
         evaluation = self.evaluation
         if evaluation is None:
             return []
-        rows = sections_of(evaluation)
-        columns = columns_of(evaluation, [*evaluation.references])
-        found = []
+        sections, found = sections_of(evaluation), []
         for kind, name, _ in evaluation.examined():
-            title = f"{kind} {name}"
-            those = [each for each in rows if each.title.startswith(f"{title}: ")]
+            those = [each for each in sections if each.title.startswith(f"{kind} {name}: ")]
+            table = html_table(columns_of(evaluation), those)
             charts = series_charts(evaluation.series.get(name, ()))
-            found.append((title.capitalize(), html_table(columns, those), charts))
+            found.append((f"{kind} {name}".capitalize(), table, charts))
         return found
 
     @property
@@ -256,9 +254,8 @@ class RunFacts:
         """Every metric of every set, as a table."""
         if self.evaluation is None:
             return ""
-        columns = columns_of(self.evaluation, [*self.evaluation.references])
         sections = sections_of(self.evaluation)[: len(self.evaluation.scores)]
-        return html_table(columns, sections)
+        return html_table(columns_of(self.evaluation), sections)
 
     @property
     def common(self) -> set[str]:

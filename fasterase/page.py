@@ -138,7 +138,7 @@ def state(run: RunFacts) -> dict[str, list[str]]:
     notes = {"withheld": WITHHELD, "few_images": FEW_IMAGES, "listed": _LISTED}
     record: dict[str, list[str]] = {}
     title = ""
-    for line in render("record.txt", run=run, **notes).rstrip().split("\n"):
+    for line in render("record.lines", run=run, **notes).rstrip().split("\n"):
         if line.startswith(" "):
             record[title].append(line.strip())
         else:

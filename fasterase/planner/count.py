@@ -37,7 +37,6 @@ from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder, copy_with
 from fasterase.models.forward import SplitTower, TowerForward
 from fasterase.models.preprocessing import Tokens
-from fasterase.numerals import counted
 from fasterase.pairs.batches import KEPT_BYTES
 from fasterase.pairs.images import decode_image, to_rgb
 
@@ -336,15 +335,6 @@ class Measured:
     def correction(self) -> float:
         """By what the counted memory of activations is multiplied."""
         return self.activation_bytes / self.counted_bytes
-
-    def lines(self) -> list[str]:
-        """Return two lines for the table of a plan."""
-        return [
-            f"Measured here ({self.device}, {counted(self.pairs, 'pair')}): activations of "
-            f"{self.activation_bytes / 1e9:.2f} GB, not {self.counted_bytes / 1e9:.2f} GB; "
-            f"so those above are multiplied by {self.correction:.2f}.",
-            f"Speed here: {self.tflops:.3g} TFLOP/s.",
-        ]
 
 
 def measure_micro_batch(model: DualEncoder, *, precision: str) -> Measured:

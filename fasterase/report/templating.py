@@ -23,7 +23,7 @@ _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\uf
 def render(template: str, **values: Any) -> str:
     """Fill in a file of `templates/`.
 
-    Values are escaped in those that end in `.html`, and one line each in those that end in `.txt`.
+    Values are escaped in those that end in `.html`, and on one line each in `.lines`.
     """
     return _environment().get_template(template).render(**values)
 
@@ -54,7 +54,7 @@ def _environment() -> jinja2.Environment:
 def _fit(context: Context, value: object) -> object:
     if type(value) is not str:
         return value
-    if context.name is not None and context.name.endswith(".txt"):
+    if context.name is not None and context.name.endswith(".lines"):
         value = " ".join(value.split())
     return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", value)
 
