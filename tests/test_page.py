@@ -166,6 +166,13 @@ def test_the_record_says_what_was_asked_done_found_and_not_claimed():
     assert record["Damage"] == ["Not measured."]
     assert record["Attacks"] == ["None was tried."]
     assert "By wording" not in record, "wordings were not measured"
+    measured = replace(run.evaluation, outside={})
+    record = state(replace(run, evaluation=measured, record=run.record | {"concept": "a\nb\x85c"}))
+    assert record["Damage"][-1] == "2 names of captions and classes lost something."
+    assert record["What is not claimed"][-1].endswith(
+        "alone. What is in none of them may have changed unseen."
+    )
+    assert record["What was to be forgotten"] == ["a b c"]
 
 
 def test_it_says_until_when_pairs_were_withheld():

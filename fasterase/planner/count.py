@@ -1,8 +1,7 @@
 """What a step costs: FLOPs and memory of one micro-batch, counted or measured, and memory by part.
 
-The towers run on tensors without storage, and a dispatch mode counts the FLOPs of
-all operators, by the formulas of `torch.utils.flop_counter`, and the bytes of all live storages.
-How fast a process decodes pictures for them is measured.
+The towers run on tensors without storage; a dispatch mode counts FLOPs, by the formulas of
+`torch.utils.flop_counter`, and the bytes of all live storages. Decoding of pictures is measured.
 """
 
 from __future__ import annotations
@@ -113,9 +112,11 @@ class Counter(TorchDispatchMode):
 class Tracer:
     """Counts what encoding and back-propagating a micro-batch costs, `on_gpu` or on a CPU.
 
-    `model` is on the meta device; `requires_grad` tells what is trained. `counted` is called after
-    each pass: every operator of it takes a fraction of a millisecond, and large towers have tens
-    of thousands.
+    Args:
+        model: on the meta device; `requires_grad` tells what is trained.
+        precision: of the towers.
+        on_gpu: else on a CPU.
+        counted: called after each pass, which takes seconds for large towers.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Tracer:
         counted: Callable[[], object] = lambda: None,
     ) -> None:
         self._counted = counted
+        self.correction = 1.0  # of activations, where they were measured
         # Tensors without storage on a "CPU": unlike meta tensors, they run under autocast and with
         # fused attention. Small constants of the libraries stay real.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -162,14 +164,14 @@ class Tracer:
             parameters = self._model.module.parameters()
             trained = sum(each.numel() for each in parameters if each.requires_grad)
             peak = self.backpropagate(pairs, checkpointing=checkpointing).peak_bytes
-            return max(0, peak - trained * FP32)
+            return int(max(0, peak - trained * FP32) * self.correction)
         # Memory is a convex function of the number of pairs: the line between one and the share
         # lies on it or above.
         one, most = (
             self.backpropagate(each, checkpointing=checkpointing, with_gradients=True).peak_bytes
             for each in (1, share)
         )
-        return one + (most - one) * (pairs - 1) // (share - 1)
+        return int((one + (most - one) * (pairs - 1) // (share - 1)) * self.correction)
 
     def _backpropagate(
         self, pairs: int, *, checkpointing: bool = False, with_gradients: bool = False

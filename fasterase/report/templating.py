@@ -55,7 +55,7 @@ def _fit(context: Context, value: object) -> object:
     if type(value) is not str:
         return value
     if context.name is not None and context.name.endswith(".lines"):
-        value = " ".join(value.split())
+        value = " ".join(value.splitlines())
     return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", value)
 
 
