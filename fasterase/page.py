@@ -6,7 +6,6 @@ It is one HTML file without script or request; the same stands in a file of Mark
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from os import PathLike
@@ -33,8 +32,8 @@ DRAWN = {
 }
 # What of a run no other file holds: pictures, the figures behind the verdict.
 REST = "report.json"
-_NAMED_SKIPS = 100  # in Markdown
 LIMITS = "What is not claimed"  # of the record
+_NAMED_SKIPS = 100  # in Markdown
 _LISTED = 40  # names of one kind of damage
 
 
@@ -172,9 +171,7 @@ def render_page(runs: Sequence[RunFacts]) -> str:
 
 def _distinct(names: Sequence[str]) -> list[str]:
     """Number the names that occur more than once."""
-    seen = Counter[str]()
-    found = []
-    for name in names:
-        seen[name] += 1
-        found.append(f"{name} ({seen[name]})" if names.count(name) > 1 else name)
-    return found
+    return [
+        f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]

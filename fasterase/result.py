@@ -53,8 +53,8 @@ class UnlearnResult:
     Attributes:
         model: the erased model: the object that was passed in, or its copy with `copy=True`.
         history: one record per step: `step` (from 1), `total`, `forget`, `retain`, `consistency`,
-            `anchor`, `lr`, `grad_norm`, `applied`, `seconds`, and where an automatic run has
-            looked `residue`, `least_residue` and `damage`; as keys and as attributes.
+            `anchor`, `lr`, `grad_norm`, `applied`, `seconds`, and at the checks of an automatic
+            run `residue`, `least_residue` and `damage`; as keys and as attributes.
         evaluation: measurements before and after; `None` if the config asked for none.
         verdict: `"forgotten"`, `"remembered"`, `"over-erased"` (less similar than unrelated pairs),
             `"undecided"` (too few images to tell, or too many of them still found) or `"never
@@ -78,8 +78,8 @@ class UnlearnResult:
         request: the request that is honoured, as the caller names it; None: not stated.
         withheld_until: the step after which an automatic run also drew the pairs that it had
             withheld for judging (the set `withheld`), since they alone were not forgotten, or None.
-        words: those whose embeddings were overwritten (`forget_words`), each with `word`, `forget`
-            and `retain`: in how many pairs of these sets it occurs.
+        words: those whose embeddings were overwritten (`forget_words`), each with `word`, and in
+            how many pairs it occurs: `forget` and `retain`.
     """
 
     model: nn.Module
@@ -161,13 +161,12 @@ class UnlearnResult:
         The weights are one safetensors file up to 5 GB. The folder is written atomically. Of a
         model with adapters, only those are written; `PeftModel.from_pretrained` loads them.
 
-        `provenance.json` beside them records what was erased, when, with what configuration and
-        library versions, the `request` if one was stated, digests of the data, how
-        `fasterase.find` came to it, if it did, and the model before with its own record, if it had
-        one. `README.md` is a model card that the Hugging Face hub reads. It names what was erased
-        only if `concept` was stated or several concepts have names, no caption and no word.
-        Neither names a folder of this machine.
-        `fasterase.evaluate` of the folder compares the model with its record.
+        `provenance.json` records what was erased, when, with what configuration and library
+        versions, the `request` if one was stated, digests of the data, how `fasterase.find` came
+        to it, and the record of the model before; `fasterase.evaluate` of the folder compares the
+        model with it. `README.md` is a model card that the Hugging Face hub reads. It names what
+        was erased only if `concept` was stated or several concepts have names, no caption and no
+        word. Neither names a folder of this machine.
 
         Args:
             folder: the folder to write.
@@ -279,7 +278,7 @@ class UnlearnResult:
         Args:
             path: a file (an existing one, or a name with a suffix): a page with pictures for
                 browsers if it ends in `.html`, else Markdown; or a folder for both (`report.html`,
-                `report.md`), `losses.png` (losses and learning rate over the steps) and
+                `report.md`), `losses.png` (losses, learning rate and checks over the steps) and
                 `pictures.png`: pictures of the forget set, of its neighbours, of the rest of the
                 retain set and of further sets, with the captions closest to each before and after.
                 The pictures are read and encoded once, by the model as it is then.
@@ -328,7 +327,6 @@ class UnlearnResult:
         write_reports(run, folder, drawn)
 
     def _facts(self, record: Mapping[str, Any] | None = None) -> RunFacts:
-        """Return what a page or a card tells of the run; `record` is made if it is None."""
         output = self.config.output_dir
         return RunFacts(
             name=self.encoder.public_name if output is None else Path(output).resolve().name,
@@ -363,17 +361,12 @@ class UnlearnResult:
         original = restored_original(self.encoder, self.original_weights)
         device = resolve_device(self.config.device, default=best_device())
         with placed(original, device=device), placed(self.encoder, device=device):
-            before, after = (
-                PairEncoder(each, precision=precision) for each in (original, self.encoder)
-            )
+            before = PairEncoder(original, precision=precision)
+            after = PairEncoder(self.encoder, precision=precision)
+            to_forget = [name for name in others if name in self.traces]
+            encoders = before, after
             examples = example_rows(
-                forget,
-                retain,
-                before,
-                after,
-                seed=seed,
-                others=others,
-                forget_sets=[name for name in others if name in self.traces],
+                forget, retain, *encoders, seed=seed, others=others, forget_sets=to_forget
             )
             if not examples.rows:  # nor a caption
                 return examples, []

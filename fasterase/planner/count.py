@@ -264,10 +264,9 @@ class StepMemory:
     def parts(self, parallel: Parallel, optimizer: str, activations: int) -> dict[str, int]:
         """Return part -> bytes, for a micro-batch with so many bytes of `activations`.
 
-        DeepSpeed's `coalesce_grad_reduction`, the way in which several backward passes per step are
-        exact, keeps whole local gradients at every stage; so ZeRO-2 saves nothing over ZeRO-1. Both
-        update a copy of their share of the fp32 weights, from a copy of their share of the
-        gradients; ZeRO-3, whose weights are shares already, has only the latter.
+        DeepSpeed's `coalesce_grad_reduction`, without which several backward passes per step are
+        not exact, keeps whole local gradients at every stage; so ZeRO-2 saves nothing over ZeRO-1.
+        Both update copies of their share of weights and gradients, ZeRO-3 one of the gradients.
         """
         counts = self.counts
         shares = 1 if parallel == "plain" else self.gpus
@@ -311,8 +310,8 @@ class StepMemory:
     def _update_numbers(self, parallel: Parallel, optimizer: str) -> int:
         """Numbers that reducing the gradients or the optimiser's step needs for a moment.
 
-        On a GPU torch's Adam updates all tensors at once, with one copy of their size; on a CPU one
-        after the other, with two copies of the largest. 8-bit optimisers work in place.
+        Torch's Adam needs one copy of all tensors on a GPU, two of the largest on a CPU; 8-bit
+        optimisers work in place.
         """
         counts = self.counts
         shares = 1 if parallel == "plain" else self.gpus

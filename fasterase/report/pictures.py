@@ -137,13 +137,13 @@ def example_rows(
     erased = dict.fromkeys([*to_forget, *chain(*(further[name] for name in forget_sets))])
     candidates = dict.fromkeys([*to_forget, *to_keep, *chain(*further.values())])
     ranking = CaptionRanking([*candidates], before, after)
-    texts = ranking.text[0]  # of the original
-    kept_texts = texts[len(to_forget) :][: len(to_keep)]
-    closeness = (kept_texts @ texts[: len(to_forget)].T).amax(dim=1)
-    nearest = closeness.argsort(descending=True).tolist()
-    kept = list(to_keep.values())
-    near, rest = ([kept[i] for i in those] for those in (nearest[:PICTURES], nearest[PICTURES:]))
-    own = spread(list(to_forget.values()), PICTURES)
+    forget_texts, kept_texts, _ = ranking.text[0].tensor_split(
+        (len(to_forget), len(to_forget) + len(to_keep))
+    )
+    closeness = (kept_texts @ forget_texts.T).amax(dim=1)
+    kept_rows = [*to_keep.values()]
+    kept = [kept_rows[i] for i in closeness.argsort(descending=True).tolist()]
+    own = spread([*to_forget.values()], PICTURES)
 
     def show(name: str, title: str) -> list[SheetRow]:
         rows, to_go = [*further[name].values()], name in forget_sets
@@ -152,8 +152,8 @@ def example_rows(
     sections = [
         ranking.rows("To forget", forget, own, is_to_forget=True),
         *(show(name, "To forget") for name in further if name in forget_sets),
-        ranking.rows("Neighbours: kept, with similar captions", retain, near),
-        ranking.rows("Kept", retain, spread(rest, PICTURES)),
+        ranking.rows("Neighbours: kept, with similar captions", retain, kept[:PICTURES]),
+        ranking.rows("Kept", retain, spread(kept[PICTURES:], PICTURES)),
         *(show(name, "To keep") for name in further if name not in forget_sets),
     ]
     for rows in sections:

@@ -8,8 +8,6 @@ import re
 from functools import cache
 from typing import Any
 
-import jinja2
-from jinja2.runtime import Context
 from PIL import Image
 
 from fasterase.evaluation.metrics import wilson_interval
@@ -36,12 +34,14 @@ def jpeg_uri(image: Image.Image) -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def _environment() -> Any:
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fasterase.report"),
         autoescape=jinja2.select_autoescape(("html",)),
         undefined=jinja2.StrictUndefined,
-        finalize=_fit,
+        finalize=jinja2.pass_context(_fit),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -50,8 +50,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-@jinja2.pass_context
-def _fit(context: Context, value: object) -> object:
+def _fit(context: Any, value: object) -> object:
     if type(value) is not str:
         return value
     if context.name is not None and context.name.endswith(".lines"):
