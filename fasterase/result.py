@@ -318,8 +318,8 @@ class UnlearnResult:
             self.evaluation.to_json(folder / "evaluation.json")
         drawn: list[str] = []
         try:
-            run = self._with_pictures(run)
             drawn = self._draw_pictures(folder)
+            run = self._with_pictures(run)
         except Exception as error:  # whatever it is, hours of training are not to end with it
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"the report has no pictures ({reason})", stacklevel=3)
