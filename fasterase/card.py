@@ -17,6 +17,7 @@ from fasterase.facts import RunFacts
 from fasterase.files import MARKER
 from fasterase.models.dual_encoder import DualEncoder, loading_code
 from fasterase.numerals import counted
+from fasterase.page import LIMITS, state
 from fasterase.provenance import FILE, erasures
 from fasterase.report.templating import render
 
@@ -39,27 +40,21 @@ def read_base(name: str) -> dict[str, Any]:
     from huggingface_hub.repocard import metadata_load
 
     folder = Path(name).expanduser()
-    repository: str | None
-    card: Path | None
+    repository: str | None = None
+    card: object = None
     if folder.exists():
         # An instance has the name of its class; a folder of that name is no model by chance alone.
-        repository, card = None, folder / CARD if any(folder.glob("*.safetensors")) else None
-    else:
-        repository = _repository(name)
+        card = folder / CARD if any(folder.glob("*.safetensors")) else None
+    elif repository := _repository(name):
         try:
-            known = repository and huggingface_hub.try_to_load_from_cache(repository, CARD)
+            card = huggingface_hub.try_to_load_from_cache(repository, CARD)
         except ValueError:  # it cannot be the name of one
-            repository = known = None
-        card = Path(known) if isinstance(known, str) else None
-    found: dict[str, Any] = {}
-    if card is not None and card.is_file():
-        try:
-            data = metadata_load(card) or {}
-        except Exception:  # a stranger's YAML: a card is written without it
-            data = {}
-        found = {
-            key: data[key] for key in ("license", "base_model") if isinstance(data.get(key), str)
-        }
+            repository = None
+    try:
+        data = metadata_load(card) or {} if isinstance(card, str | Path) else {}
+    except Exception:  # missing, or a stranger's YAML: a card is written without it
+        data = {}
+    found = {key: data[key] for key in ("license", "base_model") if isinstance(data.get(key), str)}
     return found if repository is None else {**found, "base_model": repository}
 
 
@@ -95,13 +90,16 @@ def model_card(
     title = (repository or run.record["parent"]["name"]).rpartition("/")[2]
     names = _public_names(run)
     results = list(_results(run, names))
-    loading = (folder / CARD).read_text(encoding="utf-8").partition("\n")[2]
-    if repository is not None:
+    settings = dict(run.settings)
+    if isinstance(settings["forget_words"], list | tuple):
+        settings["forget_words"] = True  # the words themselves would tell
+    if repository is None:
+        loading = (folder / CARD).read_text(encoding="utf-8").partition("\n")[2]
+    else:
         loading = loading_code(folder, library, repository, on_hub=True)
-    relation = "adapter" if library == "peft" else "finetune"
     facts: dict[str, Any] = dict(base)
     if "base_model" in base:
-        facts["base_model_relation"] = relation
+        facts["base_model_relation"] = "adapter" if library == "peft" else "finetune"
     if results:
         facts |= {"model_name": title, "eval_results": results}
     library_name = library.partition(".")[0]
@@ -111,7 +109,8 @@ def model_card(
         title=title,
         run=run,
         names=names,
-        recipe=_describe_recipe(run),
+        limits=state(run)[LIMITS],
+        recipe=describe_recipe(UnlearnConfig(**settings)),
         chain=erasures(run.record),
         loading=loading.strip(),
         is_delta=library == "fasterase.apply_delta",
@@ -122,22 +121,12 @@ def model_card(
 
 def _public_names(run: RunFacts) -> dict[str, str]:
     """Return set -> what a card calls it."""
-    sets = dict.fromkeys([*run.record["data"], *run.traces])
-    if run.evaluation is not None:
-        sets |= dict.fromkeys(run.evaluation.scores)
+    measured = () if run.evaluation is None else run.evaluation.scores
+    names = {name: name for name in (*run.record["data"], *run.traces, *measured)}
     if run.record["concept"] is not None:
-        return {name: name for name in sets}
-    others = [name for name in sets if name not in _PLAIN]
-    return {name: name for name in sets} | {
-        name: f"further set {number}" for number, name in enumerate(others, start=1)
-    }
-
-
-def _describe_recipe(run: RunFacts) -> str:
-    settings = dict(run.settings)
-    if isinstance(settings["forget_words"], list | tuple):
-        settings["forget_words"] = True  # the words themselves would tell
-    return describe_recipe(UnlearnConfig(**settings))
+        return names
+    others = [name for name in names if name not in _PLAIN]
+    return names | {name: f"further set {i}" for i, name in enumerate(others, start=1)}
 
 
 def _results(run: RunFacts, names: Mapping[str, str]) -> Iterator[Any]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from fasterase.config import UnlearnConfig
 from fasterase.engine.words import Word
-from fasterase.evaluation.hurt import RECALL, Hurt, Remaining
-from fasterase.evaluation.metrics import TOWER_HITS, wilson_interval
+from fasterase.evaluation.hurt import RECALL, Hurt
+from fasterase.evaluation.metrics import TOWER_HITS
 from fasterase.evaluation.verdict import (
-    FEW_IMAGES,
     FORGOTTEN,
     JUDGED_PAIRS,
     NEVER_KNOWN,
@@ -24,23 +23,16 @@ from fasterase.evaluation.verdict import (
     Trace,
     decide_each,
 )
-from fasterase.numerals import counted
 from fasterase.provenance import erasures
-from fasterase.report.evaluation import (
-    Evaluation,
-    columns_of,
-    describe_outside,
-    sections_of,
-)
+from fasterase.report.evaluation import Evaluation, columns_of, describe_outside, sections_of
 from fasterase.report.pictures import SheetRow, make_thumbnail
 from fasterase.report.plots import Chart, history_charts, series_charts
 from fasterase.report.tables import html_table
 from fasterase.report.templating import jpeg_uri
 
-LISTED = 40  # names of one kind of damage
 _CAPTION = 300  # characters
 _HIT = "contest_hit@1"
-_VERDICTS = {
+_HEADLINES = {
     FORGOTTEN: "The model has forgotten {}.",
     REMEMBERED: "The model still knows {}.",
     OVER_ERASED: "The model avoids {} so strongly that this shows what was erased.",
@@ -48,9 +40,7 @@ _VERDICTS = {
     NEVER_KNOWN: "The model never knew {}: there was nothing to forget.",
     None: "There is no verdict: no pairs to compare {} with.",
 }
-
-
-# Of the same, where the pictures would be enough if fewer were found.
+# Of undecided sets, where the pictures would be enough if fewer were found.
 _SOME_FOUND = "The model still finds too many pictures to be sure that it has forgotten {}."
 
 
@@ -67,15 +57,13 @@ class Picture(NamedTuple):
 
     @classmethod
     def of(cls, row: SheetRow, erased: Collection[str]) -> Picture:
-        thumbnail = jpeg_uri(make_thumbnail(row.image))
-        before, after = ([name[:_CAPTION] for name in each] for each in (row.before, row.after))
         return cls(
             row.section,
             row.is_to_forget,
-            thumbnail,
+            jpeg_uri(make_thumbnail(row.image)),
             row.caption[:_CAPTION],
-            before,
-            after,
+            [name[:_CAPTION] for name in row.before],
+            [name[:_CAPTION] for name in row.after],
             row.is_wrong(erased),
         )
 
@@ -85,15 +73,8 @@ class Judged(NamedTuple):
 
     name: str
     verdict: str | None
-    pairs: int
-    hit: float  # share of its pictures that one of its captions wins
-    low: float
-    high: float
-    chance: float
-    before: float | None  # `hit` of the original
-    residues: tuple[float, float]  # image->text, text->image
-    band: Sequence[Sequence[float]] | None  # residues of made-up names, (low, high) each
-    towers: Mapping[str, float]  # `hit` of a tower beside the original's other one
+    trace: Trace
+    before: float | None  # `trace.hit` of the original
 
 
 class Kept(NamedTuple):
@@ -106,19 +87,6 @@ class Kept(NamedTuple):
     low: float  # 95 % interval of `after`
     high: float
     chance: float
-
-
-class Named(NamedTuple):
-    """What was hurt or is still found, and the 95 % interval of its share now."""
-
-    what: Hurt | Remaining
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, what: Hurt | Remaining) -> Named:
-        share = what.after if isinstance(what, Hurt) else what.found
-        return cls(what, *wilson_interval(share, what.count))
 
 
 @dataclass(frozen=True)
@@ -151,26 +119,6 @@ class RunFacts:
     called: str = "what it was to forget"
     has_folder: bool = False
 
-    def rest(self) -> dict[str, Any]:
-        """Return what no other file of a run holds, ready for JSON and `parse_rest`."""
-        return {
-            "traces": {name: asdict(trace) for name, trace in self.traces.items()},
-            "pictures": [list(picture) for picture in self.pictures],
-            "neighbours": list(self.neighbours),
-            "skipped": [list(each) for each in self.skipped],
-            "removed": self.removed,
-            "called": self.called,
-        }
-
-    @staticmethod
-    def parse_rest(values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return fields from what `rest` returned."""
-        return {
-            **values,
-            "traces": {name: Trace(**each) for name, each in values["traces"].items()},
-            "pictures": [Picture(*each) for each in values["pictures"]],
-        }
-
     @property
     def settings(self) -> Mapping[str, Any]:
         """Fields of `UnlearnConfig` that say how to erase."""
@@ -194,7 +142,7 @@ class RunFacts:
         still_open = [trace for trace in self.traces.values() if not trace.is_decisive]
         some_found = still_open and all(trace.could_decide for trace in still_open)
         is_open = self.verdict == UNDECIDED
-        sentence = _SOME_FOUND if is_open and some_found else _VERDICTS[self.verdict]
+        sentence = _SOME_FOUND if is_open and some_found else _HEADLINES[self.verdict]
         return sentence.format(self.concept)
 
     @cached_property
@@ -210,82 +158,31 @@ class RunFacts:
         return sorted(found, key=lambda each: order.index(each.verdict))
 
     def _judge(self, name: str) -> Judged:
+        """Take the figures of the newest measurement, or else those of the run."""
         trace, evaluation = self.traces.get(name), self.evaluation
-        if evaluation is not None and _HIT in evaluation.scores.get(name, {}):
-            scores = evaluation.scores[name]
-            return Judged(
-                name,
-                evaluation.set_verdicts.get("model", {}).get(name),
-                min(evaluation.pairs[name], JUDGED_PAIRS),
-                scores[_HIT],
-                *evaluation.intervals[name][_HIT],
-                evaluation.chance[name][_HIT],
-                (evaluation.original or {}).get(name, {}).get(_HIT),
-                (scores["image_to_text_residue"], scores["text_to_image_residue"]),
-                None if trace is None else trace.band,
-                {tower: scores[key] for tower, key in TOWER_HITS.items() if key in scores},
-            )
-        trace = self.traces[name]
-        outcome = self.record["outcome"]
-        verdicts = outcome.get("verdicts")
-        if verdicts is None:  # of an earlier version
-            never_known = dict.fromkeys(self.traces, NEVER_KNOWN)
-            is_known = outcome["verdict"] != NEVER_KNOWN
-            verdicts = decide_each(self.traces) if is_known else never_known
-        return Judged(
-            name,
-            outcome["verdict"] if len(self.traces) == 1 else verdicts.get(name),
-            trace.pairs,
-            trace.hit,
-            trace.hit_low,
-            trace.hit_high,
-            trace.chance,
-            None,
-            (trace.image_to_text, trace.text_to_image),
-            trace.band,
-            {tower: share for tower, (share, _) in trace.towers.items()},
+        if evaluation is None or _HIT not in evaluation.scores.get(name, {}):
+            outcome = self.record["outcome"]
+            verdicts = outcome.get("verdicts") or decide_each(self.traces)
+            verdict = outcome["verdict"] if len(self.traces) == 1 else verdicts.get(name)
+            return Judged(name, verdict, self.traces[name], None)
+        scores, intervals = evaluation.scores[name], evaluation.intervals[name]
+        measured = Trace(
+            scores["image_to_text_residue"],
+            scores["text_to_image_residue"],
+            scores[_HIT],
+            *intervals[_HIT],
+            evaluation.chance[name][_HIT],
+            min(evaluation.pairs[name], JUDGED_PAIRS),
+            towers={
+                tower: (scores[key], intervals[key][0])
+                for tower, key in TOWER_HITS.items()
+                if key in scores
+            },
+            band=None if trace is None else trace.band,
         )
-
-    @property
-    def limits(self) -> Iterator[str]:
-        """What the verdict does not say."""
-        judged = max((each.pairs for each in self.judged), default=0)
-        yield (
-            f"It holds for the pictures and captions that were measured, {judged:,} of a set at "
-            "most. Other pictures, wordings and languages were not tried"
-            + ("." if len(self.judged) < 2 else ", beyond the sets listed here.")
-        )
-        if 0 < judged < FEW_IMAGES:
-            few = counted(judged, "picture is", "pictures are")
-            yield f"{few} few: one more or less may change the verdict."
-        if self.settings.get("erase") == "link":
-            yield (
-                "The link between pictures and captions was to go, not the pictures: the image "
-                "tower is the original's, and whoever has the original's text tower finds it."
-            )
-        attacks = {} if self.evaluation is None else self.evaluation.attacks
-        yield (
-            f"These attacks were tried: {', '.join(attacks)}. Others may bring back more."
-            if attacks
-            else "No attack was tried. Whoever has the weights and pictures of it can train the "
-            "model on them again (fasterase evaluate --attacks tells how fast it comes back)."
-        )
-        yield (
-            "It is no proof that no trace is left in the weights, and it deletes no data: the "
-            "pictures, and every copy of the original model, are what they were."
-        )
-        if self.evaluation is None or self.evaluation.original is None:
-            yield "Damage was not measured."
-        elif self.evaluation.outside:
-            yield (
-                "Damage was looked for in the sets to keep and in everyday words alone. What is in "
-                "neither may have changed unseen."
-            )
-        else:
-            yield (
-                "Damage was looked for in the sets to keep alone. What is in none of them may have "
-                "changed unseen."
-            )
+        verdict = evaluation.set_verdicts.get("model", {}).get(name)
+        before = (evaluation.original or {}).get(name, {}).get(_HIT)
+        return Judged(name, verdict, measured, before)
 
     @cached_property
     def kept(self) -> list[Kept]:
@@ -307,35 +204,27 @@ class RunFacts:
         ]
 
     @cached_property
-    def damage(self) -> list[tuple[str, str, list[Named], int]]:
-        """Groups of what was hurt, neighbours first: title, what is counted, names, how many."""
+    def damage(self) -> list[tuple[str, str, list[Hurt]]]:
+        """Groups of what was hurt, neighbours first: title, what is counted, names."""
         hurt = [] if self.evaluation is None else self.evaluation.hurt
         near = set(self.neighbours)
         groups = []
         for is_word in (False, True):
+            what = "everyday words" if is_word else "captions and classes"
+            counted = "nearest words that stayed" if is_word else "own pictures named rightly"
             for is_near in (True, False):
+                where = "Close to what was erased" if is_near else "Further away" if near else "All"
                 those = [
                     each
                     for each in hurt
-                    if (each.kind == "word", each.name in near) == (is_word, is_near)
+                    if (each.kind == "word") == is_word and (each.name in near) == is_near
                 ]
-                what = "everyday words" if is_word else "captions and classes"
-                where = "Close to what was erased" if is_near else "Further away" if near else "All"
-                counted = "nearest words that stayed" if is_word else "own pictures named rightly"
-                losses = [Named.of(each) for each in those[:LISTED]]
-                groups.append((f"{where}: {what}", counted, losses, len(those)))
+                groups.append((f"{where}: {what}", counted, those))
         return [group for group in groups if group[2]]
 
     @property
-    def remaining(self) -> list[Named]:
-        """Captions to forget that still win pictures."""
-        found = [] if self.evaluation is None else self.evaluation.remaining
-        return [Named.of(each) for each in found[:LISTED]]
-
-    @property
     def outside(self) -> str:
-        outside = {} if self.evaluation is None else self.evaluation.outside
-        return describe_outside(outside) if outside else ""
+        return "" if self.evaluation is None else describe_outside(self.evaluation.outside)
 
     @property
     def sections(self) -> list[tuple[str, list[Picture]]]:
@@ -352,14 +241,12 @@ class RunFacts:
         evaluation = self.evaluation
         if evaluation is None:
             return []
-        rows = sections_of(evaluation)
-        columns = columns_of(evaluation, [*evaluation.references])
-        found = []
+        sections, found = sections_of(evaluation), []
         for kind, name, _ in evaluation.examined():
-            title = f"{kind} {name}"
-            those = [each for each in rows if each.title.startswith(f"{title}: ")]
+            those = [each for each in sections if each.title.startswith(f"{kind} {name}: ")]
+            table = html_table(columns_of(evaluation), those)
             charts = series_charts(evaluation.series.get(name, ()))
-            found.append((title.capitalize(), html_table(columns, those), charts))
+            found.append((f"{kind} {name}".capitalize(), table, charts))
         return found
 
     @property
@@ -367,9 +254,8 @@ class RunFacts:
         """Every metric of every set, as a table."""
         if self.evaluation is None:
             return ""
-        columns = columns_of(self.evaluation, [*self.evaluation.references])
         sections = sections_of(self.evaluation)[: len(self.evaluation.scores)]
-        return html_table(columns, sections)
+        return html_table(columns_of(self.evaluation), sections)
 
     @property
     def common(self) -> set[str]:

@@ -6,9 +6,8 @@ It is one HTML file without script or request; the same stands in a file of Mark
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,14 @@ from typing import Any
 from fasterase.config import UnlearnConfig, describe_recipe, field_names, format_yaml
 from fasterase.engine.history import read_history
 from fasterase.errors import InputError
-from fasterase.evaluation.verdict import EARLIER, WITHHELD
-from fasterase.facts import Judged, Kept, RunFacts
+from fasterase.evaluation.verdict import EARLIER, FEW_IMAGES, WITHHELD, Trace
+from fasterase.facts import Picture, RunFacts
 from fasterase.files import parse_path, to_json, write_text
 from fasterase.objective import EraseLoss
 from fasterase.provenance import read_record
 from fasterase.report.evaluation import LEGEND, Evaluation
 from fasterase.report.plots import HEIGHT, WIDTH
-from fasterase.report.templating import percent, render
-from fasterase.statement import state
+from fasterase.report.templating import render
 
 PAGE, MARKDOWN = "report.html", "report.md"
 # Pictures beside the Markdown, and their titles.
@@ -34,7 +32,9 @@ DRAWN = {
 }
 # What of a run no other file holds: pictures, the figures behind the verdict.
 REST = "report.json"
+LIMITS = "What is not claimed"  # of the record
 _NAMED_SKIPS = 100  # in Markdown
+_LISTED = 40  # names of one kind of damage
 
 
 def read_run(folder: str | PathLike[str]) -> RunFacts:
@@ -62,17 +62,29 @@ def read_run(folder: str | PathLike[str]) -> RunFacts:
 
 
 def _read_rest(file: Path) -> dict[str, Any]:
+    """Return fields of `RunFacts` from what `write_rest` wrote."""
     try:
-        return RunFacts.parse_rest(json.loads(file.read_text(encoding="utf-8")))
+        rest = json.loads(file.read_text(encoding="utf-8"))
+        rest["traces"] = {name: Trace(**each) for name, each in rest["traces"].items()}
+        rest["pictures"] = [Picture(*each) for each in rest["pictures"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file} is damaged ({error!r}). Remove it: the page is then without pictures."
         ) from error
+    return rest
 
 
 def write_rest(run: RunFacts, folder: Path) -> Path:
     """Write what `read_run` finds in no other file."""
-    return write_text(folder / REST, to_json(run.rest()) + "\n")
+    rest = {
+        "traces": {name: asdict(trace) for name, trace in run.traces.items()},
+        "pictures": run.pictures,
+        "neighbours": run.neighbours,
+        "skipped": run.skipped,
+        "removed": run.removed,
+        "called": run.called,
+    }
+    return write_text(folder / REST, to_json(rest) + "\n")
 
 
 def write_markdown(run: RunFacts, path: Path, drawn: Collection[str] | None = None) -> Path:
@@ -90,6 +102,12 @@ def write_page(runs: Sequence[RunFacts], path: Path) -> Path:
     return write_text(path, render_page(runs))
 
 
+def write_reports(run: RunFacts, folder: Path, drawn: Collection[str] | None = None) -> None:
+    """Write both to the folder of a run; see `write_markdown`."""
+    write_markdown(run, folder / MARKDOWN, drawn)
+    write_page([run], folder / PAGE)
+
+
 def render_markdown(run: RunFacts, drawn: Mapping[str, str]) -> str:
     """Return the run in Markdown; `drawn` maps files of pictures beside it to their titles."""
     settings = {n: value for n, value in run.settings.items() if n in field_names()}
@@ -100,7 +118,7 @@ def render_markdown(run: RunFacts, drawn: Mapping[str, str]) -> str:
     return render(
         "report.md",
         run=run,
-        statement=state(run),
+        record=state(run),
         recipe=describe_recipe(UnlearnConfig(**settings)),
         table=table,
         fence=fence,
@@ -111,65 +129,49 @@ def render_markdown(run: RunFacts, drawn: Mapping[str, str]) -> str:
     )
 
 
+def state(run: RunFacts) -> dict[str, list[str]]:
+    """Return the record that is kept with the request: title -> sentences, in reading order.
+
+    It says in words what was asked, done, found and is not claimed.
+    """
+    notes = {"withheld": WITHHELD, "few_images": FEW_IMAGES, "listed": _LISTED}
+    record: dict[str, list[str]] = {}
+    title = ""
+    for line in render("record.lines", run=run, **notes).rstrip().split("\n"):
+        if line.startswith(" "):
+            record[title].append(line.strip())
+        else:
+            title = line
+            record[title] = []
+    return record
+
+
 def render_page(runs: Sequence[RunFacts]) -> str:
     """Return the page of one run, or of several side by side."""
     sizes = {"width": WIDTH, "height": HEIGHT}
     if len(runs) == 1:
-        notes = {"withheld": WITHHELD, "earlier": EARLIER, "legend": LEGEND}
-        return render("report.html", run=runs[0], statement=state(runs[0]), **sizes, **notes)
+        notes = {"withheld": WITHHELD, "earlier": EARLIER, "legend": LEGEND, "listed": _LISTED}
+        return render("report.html", run=runs[0], record=state(runs[0]), **sizes, **notes)
     names = _distinct([run.name for run in runs])
     runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-    forgotten = [{each.name: _tell_left(each) for each in run.judged} for run in runs]
-    kept = [{each.name: _tell_kept(each) for each in run.kept} for run in runs]
-    settings = [{name: str(value) for name, value in run.settings.items()} for run in runs]
-    hurt = [_tell_hurt(run) for run in runs]
     measured = [(run.record["data"], run.evaluation and run.evaluation.pairs) for run in runs]
+    settings = dict.fromkeys(name for run in runs for name in run.settings)
+    evaluations = [run.evaluation for run in runs if run.evaluation is not None]
     return render(
         "comparison.html",
         runs=runs,
         is_same_data=all(each == measured[0] for each in measured),
-        forgotten=_side_by_side(forgotten),
-        kept=_side_by_side(kept),
-        hurt=_side_by_side(hurt),
-        settings=[row for row in _side_by_side(settings) if len({*row[1]}) > 1],
+        worst=[each.name for evaluation in evaluations for each in evaluation.hurt[:10]],
+        settings=[
+            name for name in settings if len({str(run.settings.get(name, "-")) for run in runs}) > 1
+        ],
         **sizes,
     )
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
     """Number the names that occur more than once."""
-    seen = Counter[str]()
-    found = []
-    for name in names:
-        seen[name] += 1
-        found.append(f"{name} ({seen[name]})" if names.count(name) > 1 else name)
-    return found
-
-
-def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
-    """Return the rows of a table from its columns, row name -> cell."""
-    rows = dict.fromkeys(name for column in columns for name in column)
-    return [(name, [column.get(name, "-") for column in columns]) for name in rows]
-
-
-def _tell_left(each: Judged) -> str:
-    share = _tell_share(each.hit, each.low, each.high, each.chance)
-    return f"{each.verdict or 'no verdict'}: {share}, residue {sum(each.residues) / 2:.2f}"
-
-
-def _tell_kept(each: Kept) -> str:
-    share = _tell_share(each.after, each.low, each.high, each.chance)
-    return share if each.before is None else f"{percent(each.before)} → {share}"
-
-
-def _tell_share(share: float, low: float, high: float, chance: float) -> str:
-    return f"{percent(share)} ({percent(low)} to {percent(high)}; {percent(chance)})"
-
-
-def _tell_hurt(run: RunFacts) -> dict[str, str]:
-    """Return what was hurt most -> how much; the first row counts all."""
-    if run.evaluation is None or run.evaluation.original is None:
-        return {"in all": "not measured"}
-    hurt = run.evaluation.hurt
-    shown = {each.name: f"{percent(each.before)} → {percent(each.after)}" for each in hurt[:10]}
-    return {"in all": f"{len(hurt):,}", **shown}
+    return [
+        f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]

@@ -27,7 +27,7 @@ from fasterase.files import check_writable, parse_path, write_text
 from fasterase.models.delta import fingerprint_weights, restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.lora import LoraAdapter
-from fasterase.page import MARKDOWN, PAGE, write_markdown, write_page, write_rest
+from fasterase.page import write_markdown, write_page, write_reports, write_rest
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
 from fasterase.provenance import (
@@ -39,19 +39,11 @@ from fasterase.provenance import (
     write_record,
 )
 from fasterase.report.evaluation import Evaluation
-from fasterase.report.pictures import (
-    TEXT_WIDTH,
-    Examples,
-    example_rows,
-    neighbours_among,
-    picture_sheet,
-)
-from fasterase.report.plots import plot_history
+from fasterase.report.pictures import Examples, example_rows, neighbours_among, picture_sheet
+from fasterase.report.plots import history_charts, plot_charts
 from fasterase.report.templating import render
 
 MOST_SETS = 6  # further ones of which pictures are shown
-# Captions of more characters than a name are given more pixels.
-NAME_LENGTH, SENTENCE_WIDTH = 30, 290
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,8 +53,8 @@ class UnlearnResult:
     Attributes:
         model: the erased model: the object that was passed in, or its copy with `copy=True`.
         history: one record per step: `step` (from 1), `total`, `forget`, `retain`, `consistency`,
-            `anchor`, `lr`, `grad_norm`, `applied`, `seconds`, and where an automatic run has
-            looked `residue`, `least_residue` and `damage`; as keys and as attributes.
+            `anchor`, `lr`, `grad_norm`, `applied`, `seconds`, and at the checks of an automatic
+            run `residue`, `least_residue` and `damage`; as keys and as attributes.
         evaluation: measurements before and after; `None` if the config asked for none.
         verdict: `"forgotten"`, `"remembered"`, `"over-erased"` (less similar than unrelated pairs),
             `"undecided"` (too few images to tell, or too many of them still found) or `"never
@@ -86,8 +78,8 @@ class UnlearnResult:
         request: the request that is honoured, as the caller names it; None: not stated.
         withheld_until: the step after which an automatic run also drew the pairs that it had
             withheld for judging (the set `withheld`), since they alone were not forgotten, or None.
-        words: those whose embeddings were overwritten (`forget_words`), each with `word`, `forget`
-            and `retain`: in how many pairs of these sets it occurs.
+        words: those whose embeddings were overwritten (`forget_words`), each with `word`, and in
+            how many pairs it occurs: `forget` and `retain`.
     """
 
     model: nn.Module
@@ -141,8 +133,7 @@ class UnlearnResult:
         record = {"concept": self.concept, "outcome": {"verdict": self.verdict}}
         run = RunFacts(name="", record=record, traces=self.traces)
         try:
-            (rows, erased), _ = self._shown
-            run = replace(run, pictures=[Picture.of(row, erased) for row in rows])
+            run = self._with_pictures(run)
         except Exception as error:  # pictures may have been moved: the rest is shown all the same
             facts["no pictures"] = f"{type(error).__name__}: {error}"
         shown = render("notebook.html", headline=run.headline, facts=facts, sections=run.sections)
@@ -170,13 +161,12 @@ class UnlearnResult:
         The weights are one safetensors file up to 5 GB. The folder is written atomically. Of a
         model with adapters, only those are written; `PeftModel.from_pretrained` loads them.
 
-        `provenance.json` beside them records what was erased, when, with what configuration and
-        library versions, the `request` if one was stated, digests of the data, how
-        `fasterase.find` came to it, if it did, and the model before with its own record, if it had
-        one. `README.md` is a model card that the Hugging Face hub reads. It names what was erased
-        only if `concept` was stated or several concepts have names, no caption and no word.
-        Neither names a folder of this machine.
-        `fasterase.evaluate` of the folder compares the model with its record.
+        `provenance.json` records what was erased, when, with what configuration and library
+        versions, the `request` if one was stated, digests of the data, how `fasterase.find` came
+        to it, and the record of the model before; `fasterase.evaluate` of the folder compares the
+        model with it. `README.md` is a model card that the Hugging Face hub reads. It names what
+        was erased only if `concept` was stated or several concepts have names, no caption and no
+        word. Neither names a folder of this machine.
 
         Args:
             folder: the folder to write.
@@ -288,7 +278,7 @@ class UnlearnResult:
         Args:
             path: a file (an existing one, or a name with a suffix): a page with pictures for
                 browsers if it ends in `.html`, else Markdown; or a folder for both (`report.html`,
-                `report.md`), `losses.png` (losses and learning rate over the steps) and
+                `report.md`), `losses.png` (losses, learning rate and checks over the steps) and
                 `pictures.png`: pictures of the forget set, of its neighbours, of the rest of the
                 retain set and of further sets, with the captions closest to each before and after.
                 The pictures are read and encoded once, by the model as it is then.
@@ -301,33 +291,21 @@ class UnlearnResult:
         path = parse_path(path, argument="path")
         if path.is_file() or (path.suffix and not path.is_dir()):
             if path.suffix == ".html":
-                return write_page([self._facts(with_pictures=True)], path)
+                return write_page([self._with_pictures(self._facts())], path)
             return write_markdown(self._facts(), path, ())
         check_writable(path, argument="path")
         missing: MissingExtraError | None = None
         drawn: list[str] = []
         if self.history:
             try:
-                drawn.append(plot_history(self.history, path / "losses.png").name)
+                drawn.append(plot_charts(history_charts(self.history), path / "losses.png").name)
             except MissingExtraError as error:
                 missing = error
         drawn += self._draw_pictures(path)
-        run = self._facts(with_pictures=True)
-        write_markdown(run, path / MARKDOWN, drawn)
-        write_page([run], path / PAGE)
+        write_reports(self._with_pictures(self._facts()), path, drawn)
         if missing is not None:
             raise missing
         return path
-
-    def _draw_pictures(self, folder: Path) -> list[str]:
-        """Draw the sheet of pictures, if there are any; return the names of files drawn."""
-        (rows, erased), _ = self._shown
-        if not rows:
-            return []
-        longest = max(len(name) for row in rows for name in (*row.before, *row.after))
-        width = SENTENCE_WIDTH if longest > NAME_LENGTH else TEXT_WIDTH
-        picture_sheet(rows, folder / "pictures.png", erased=erased, text_width=width)
-        return ["pictures.png"]
 
     def write_output(self, folder: Path) -> None:
         """Write what a finished run leaves in its `output_dir`: model, measurement and reports.
@@ -335,27 +313,22 @@ class UnlearnResult:
         Raises:
             DiskFullError: there is no room for it.
         """
-        record = read_record(self.save(folder / "model"))
+        run = self._facts(read_record(self.save(folder / "model")))
         if self.evaluation is not None:
             self.evaluation.to_json(folder / "evaluation.json")
         drawn: list[str] = []
         try:
-            run = self._facts(record, with_pictures=True)
             drawn = self._draw_pictures(folder)
+            run = self._with_pictures(run)
         except Exception as error:  # whatever it is, hours of training are not to end with it
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"the report has no pictures ({reason})", stacklevel=3)
-            run = self._facts(record)
-        write_markdown(run, folder / MARKDOWN, drawn)
         write_rest(run, folder)
-        write_page([run], folder / PAGE)
+        write_reports(run, folder, drawn)
 
-    def _facts(
-        self, record: Mapping[str, Any] | None = None, *, with_pictures: bool = False
-    ) -> RunFacts:
-        """Return what a page or a card tells of the run; `record` is made if it is None."""
+    def _facts(self, record: Mapping[str, Any] | None = None) -> RunFacts:
         output = self.config.output_dir
-        run = RunFacts(
+        return RunFacts(
             name=self.encoder.public_name if output is None else Path(output).resolve().name,
             record=self._record() if record is None else record,
             history=self.history,
@@ -365,11 +338,16 @@ class UnlearnResult:
             removed=len(self.removed_from_retain),
             has_folder=output is not None,
         )
-        if not with_pictures:
-            return run
+
+    def _with_pictures(self, run: RunFacts) -> RunFacts:
         (rows, erased), neighbours = self._shown
         pictures = [Picture.of(row, erased) for row in rows]
         return replace(run, pictures=pictures, neighbours=neighbours)
+
+    def _draw_pictures(self, folder: Path) -> list[str]:
+        """Draw the sheet of pictures, if there are any; return the names of files drawn."""
+        (rows, erased), _ = self._shown
+        return [picture_sheet(rows, folder / "pictures.png", erased=erased).name] if rows else []
 
     @cached_property
     def _shown(self) -> tuple[Examples, list[str]]:
@@ -383,17 +361,12 @@ class UnlearnResult:
         original = restored_original(self.encoder, self.original_weights)
         device = resolve_device(self.config.device, default=best_device())
         with placed(original, device=device), placed(self.encoder, device=device):
-            before, after = (
-                PairEncoder(each, precision=precision) for each in (original, self.encoder)
-            )
+            before = PairEncoder(original, precision=precision)
+            after = PairEncoder(self.encoder, precision=precision)
+            to_forget = [name for name in others if name in self.traces]
+            encoders = before, after
             examples = example_rows(
-                forget,
-                retain,
-                before,
-                after,
-                seed=seed,
-                others=others,
-                forget_sets=[name for name in others if name in self.traces],
+                forget, retain, *encoders, seed=seed, others=others, forget_sets=to_forget
             )
             if not examples.rows:  # nor a caption
                 return examples, []

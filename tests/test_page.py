@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from fasterase.config import UnlearnConfig
+from fasterase.errors import InputError
 from fasterase.evaluation.findings import Finding, Series
 from fasterase.evaluation.hurt import Hurt, Remaining
 from fasterase.evaluation.verdict import Trace
 from fasterase.facts import Picture, RunFacts
-from fasterase.page import render_markdown, render_page, write_page
+from fasterase.page import read_run, render_markdown, render_page, state, write_page, write_rest
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import SheetRow
-from fasterase.statement import state
 
 HOSTILE = (
     "</bdi></title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}{% raw %}"
@@ -142,7 +142,7 @@ def test_the_record_says_what_was_asked_done_found_and_not_claimed():
     run = facts()
     attacks = {"relearn": {"b": share}}
     run = replace(run, evaluation=replace(run.evaluation, attacks=attacks), has_folder=True)
-    record = {title: " ".join(lines) for title, lines in state(run)}
+    record = {title: " ".join(lines) for title, lines in state(run).items()}
     assert record["Request"] == "fruit"
     assert "forget: 40 pairs, to forget, training draws from it; digest d" in record["Scope"]
     assert "near fruit: 9 pairs, to keep, measured only; digest e" in record["Scope"]
@@ -154,14 +154,25 @@ def test_the_record_says_what_was_asked_done_found_and_not_claimed():
     assert "retain: own caption first for 97 % before, 90 % after" in record["Damage"]
     assert record["Attacks"] == "relearn: forget, pairs: 25 % (10 % to 40 %); original 100 %"
     assert "--config RUN/config.yaml" in record["To repeat it"]
-    assert record["What is not claimed"] == " ".join(run.limits)
+    assert "measured, 40 of a set at most" in record["What is not claimed"]
+    assert "These attacks were tried: relearn." in record["What is not claimed"]
+    assert record["What is not claimed"].endswith(
+        "and in everyday words alone. What is in neither may have changed unseen."
+    )
 
     plain = {**run.record, "request": None, "concept": None, "words": []}
-    record = dict(state(facts(record=plain, evaluation=None)))
+    record = state(facts(record=plain, evaluation=None))
     assert record["Request"] == ["not stated"]
     assert record["Damage"] == ["Not measured."]
     assert record["Attacks"] == ["None was tried."]
     assert "By wording" not in record, "wordings were not measured"
+    measured = replace(run.evaluation, outside={})
+    record = state(replace(run, evaluation=measured, record=run.record | {"concept": "a\nb\x85c"}))
+    assert record["Damage"][-1] == "2 names of captions and classes lost something."
+    assert record["What is not claimed"][-1].endswith(
+        "alone. What is in none of them may have changed unseen."
+    )
+    assert record["What was to be forgotten"] == ["a b c"]
 
 
 def test_it_says_until_when_pairs_were_withheld():
@@ -171,7 +182,7 @@ def test_it_says_until_when_pairs_were_withheld():
     outcome = {**run.record["outcome"], "withheld_until": 75}
     run = replace(run, record={**run.record, "outcome": outcome})
     assert "was not trained on until step 75, when they alone were not" in render_page([run])
-    assert "drawn after step 75" in " ".join(dict(state(run))["What was done"])
+    assert "drawn after step 75" in " ".join(state(run)["What was done"])
 
 
 def test_what_strangers_wrote_adds_no_heading_and_closes_no_block_of_markdown():
@@ -229,42 +240,19 @@ def test_runs_of_other_pairs_are_not_compared_silently():
     assert "97 % → 90 % (1 % to 20 %; 3 %)" in page
 
 
-def test_what_no_other_file_holds_comes_back():
+def test_what_no_other_file_holds_comes_back(tmp_path):
     run = facts(called="apples")
-    run = replace(run, record={**run.record, "concept": None})
+    run = replace(run, name=tmp_path.name, record={**run.record, "concept": None}, has_folder=True)
     assert "The model has forgotten apples." in render_page([run])
-    rest = RunFacts.parse_rest(json.loads(json.dumps(run.rest())))
-    assert render_page([replace(run, **rest)]) == render_page([run])
-
-
-def test_what_checks_found_is_drawn_where_they_were_made():
-    first = facts().history[0]
-    steps = [{**first, "step": i} for i in range(1, 31)]
-    for step, residue in ((10, 0.9), (20, 0.6), (30, 0.5)):
-        steps[step - 1] |= {"residue": residue, "least_residue": residue - 0.1, "damage": 0.01}
-    residue, damage = facts(history=steps).charts[-2:]
-    assert [line.name for line in residue.lines] == ["residue", "least_residue"]
-    assert len(residue.lines[0].points.split(" ")) == 3
-    assert (residue.lines[0].first, residue.lines[0].last) == ("0.9", "0.5")
-    assert [label for _, label in residue.x_ticks] == ["10", "30"]
-    assert damage.title.startswith("damage")
-    assert not any("residue" in chart.title for chart in facts().charts)
-
-
-def test_long_histories_are_averaged_and_gaps_left_out():
-    first = facts().history[0]
-    steps = [{**first, "step": i, "total": float(i)} for i in range(1, 5001)]
-    steps[7]["total"] = float("nan")
-    charts = facts(history=steps).charts
-    assert [chart.title for chart in charts][-1] == "learning rate"
-    points = charts[0].lines[0].points.split(" ")
-    assert 100 < len(points) <= 240
-    across, down = zip(*(map(float, point.split(",")) for point in points), strict=True)
-    assert list(across) == sorted(across)
-    assert list(down) == sorted(down, reverse=True), "upwards"
-    assert [name for name, *_ in charts[2].lines] == ["retain", "consistency", "anchor"]
-    assert len(render_page([facts(history=steps)])) < 100_000
-    assert facts(history=[]).charts == []
+    write_rest(run, tmp_path)
+    run.evaluation.to_json(tmp_path / "evaluation.json")
+    (tmp_path / "history.jsonl").write_text("\n".join(map(json.dumps, run.history)) + "\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "provenance.json").write_text(json.dumps(run.record))
+    assert render_page([read_run(tmp_path)]) == render_page([run])
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(InputError, match=r"report\.json is damaged"):
+        read_run(tmp_path)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,70 +21,12 @@ from fasterase.engine.words import Word
 from fasterase.evaluation.verdict import Trace
 from fasterase.pairs.skips import Skip
 from fasterase.report.evaluation import Evaluation
-from fasterase.result import UnlearnResult
 from tests import small_models
 from tests.test_page import HOSTILE, Outline
 from tests.tiny_model import same_weights
 
 QUIET = {"progress": False, "evaluation": None}
-
-
 TRACE = Trace(0.7, 0.5, 0.1, 0.02, 0.3, 0.05, 38)
-
-
-def short_result(steps: int, **fields) -> UnlearnResult:
-    """A result without a run behind it."""
-    terms = dict.fromkeys(("total", "forget", "retain", "consistency", "anchor"), 0.25)
-    values = {
-        "model": nn.Identity(),
-        "history": [StepRecord(terms)] * steps,
-        "evaluation": SimpleNamespace(
-            table=lambda: "THE TABLE", _repr_html_=lambda: "<table>EVALUATION</table>"
-        ),
-        "verdict": "forgotten",
-        "traces": {"forget": TRACE},
-        "config": UnlearnConfig(betas=(0.5, 0.75)),
-        "skipped": [Skip("retain[3]", "image holds NaN values")],
-        "floor": 0.1,
-        "removed_from_retain": ["retain[5]"],
-        "seconds": 12.0,
-        "encoder": SimpleNamespace(public_name="ViT-B-32/<tag>"),
-        "original_weights": {},
-        "sets": {},
-    }
-    return UnlearnResult(**{**values, **fields})
-
-
-@pytest.mark.parametrize(
-    ("verdict", "forgotten"),
-    [
-        ("forgotten", True),
-        ("never known", True),
-        ("over-erased", False),
-        ("remembered", False),
-        (None, False),
-    ],
-)
-def test_only_no_trace_is_forgotten(verdict, forgotten):
-    assert short_result(1, verdict=verdict).forgotten is forgotten
-
-
-@pytest.mark.parametrize("steps", [0, 2])
-def test_report(result, tmp_path, steps):
-    path = tmp_path / "new" / "report.md"
-    measured = Evaluation({}, {}, {}, {}, {"model": "m", "candidates": 9})
-    parts = {"encoder": result.encoder, "sets": result.sets, "evaluation": measured}
-    shown = short_result(steps, words=[Word("apple", 1, 0)], **parts)
-    assert shown.report(path) == path
-    text = path.read_text()
-    assert "lost their meaning: **apple** (1 forget pair)" in text
-    assert "verdict: **forgotten**" in text
-    assert "- concept: not stated" in text
-    assert measured.table() in text
-    assert r"- retain\[3\]: image holds NaN values" in text
-    assert ("| last step | 0.2500 |" in text) == bool(steps)
-    settings = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])
-    assert UnlearnConfig(**settings) == UnlearnConfig(betas=(0.5, 0.75))
 
 
 def run(model, *, filters="ignore", name="apple", **fields):
@@ -99,6 +42,51 @@ def run(model, *, filters="ignore", name="apple", **fields):
 @pytest.fixture(scope="module")
 def result():
     return run(small_models.open_clip_vit())
+
+
+def steps(count: int) -> list[StepRecord]:
+    terms = dict.fromkeys(("total", "forget", "retain", "consistency", "anchor"), 0.25)
+    return [StepRecord(terms)] * count
+
+
+@pytest.mark.parametrize(
+    ("verdict", "forgotten"),
+    [
+        ("forgotten", True),
+        ("never known", True),
+        ("over-erased", False),
+        ("remembered", False),
+        (None, False),
+    ],
+)
+def test_only_no_trace_is_forgotten(result, verdict, forgotten):
+    assert replace(result, verdict=verdict).forgotten is forgotten
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_report(result, tmp_path, count):
+    path = tmp_path / "new" / "report.md"
+    measured = Evaluation({}, {}, {}, {}, {"model": "m", "candidates": 9})
+    shown = replace(
+        result,
+        history=steps(count),
+        evaluation=measured,
+        verdict="forgotten",
+        traces={"forget": TRACE},
+        config=UnlearnConfig(betas=(0.5, 0.75)),
+        skipped=[Skip("retain[3]", "image holds NaN values")],
+        words=[Word("apple", 1, 0)],
+    )
+    assert shown.report(path) == path
+    text = path.read_text()
+    assert "lost their meaning: **apple** (1 forget pair)" in text
+    assert "verdict: **forgotten**" in text
+    assert "- concept: not stated" in text
+    assert measured.table() in text
+    assert r"- retain\[3\]: image holds NaN values" in text
+    assert ("| last step | 0.2500 |" in text) == bool(count)
+    settings = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])
+    assert UnlearnConfig(**settings) == UnlearnConfig(betas=(0.5, 0.75))
 
 
 def test_a_folder_gets_the_report_the_plot_and_the_pictures(result, tmp_path):
@@ -171,17 +159,32 @@ def test_a_run_does_not_end_with_its_pictures(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [None, 3, ["a"]], ids=str)
-def test_what_is_no_path_is_refused_by_name(value):
+def test_what_is_no_path_is_refused_by_name(result, value):
     found = f"expected a path, found {type(value).__name__}"
-    for argument, write in (("folder", short_result(1).save), ("path", short_result(1).report)):
+    for argument, write in (("folder", result.save), ("path", result.report)):
         with pytest.raises(fasterase.InputError, match=f"^{argument}: {found}"):
             write(value)
     with pytest.raises(fasterase.InputError, match=f"^folder: {found}"):
         fasterase.apply_delta(nn.Identity(), value)
 
 
-def test_repr_fits_one_screen():
-    saved = short_result(2000, config=UnlearnConfig(output_dir="runs/apples"))
+@pytest.fixture
+def judged(result):
+    """A result whose pictures and measurement stand for others."""
+    return replace(
+        result,
+        history=steps(2000),
+        evaluation=SimpleNamespace(_repr_html_=lambda: "<table>EVALUATION</table>"),
+        verdict="forgotten",
+        traces={"forget": TRACE},
+        seconds=12.0,
+        encoder=SimpleNamespace(public_name="ViT-B-32/<tag>"),
+        sets={},
+    )
+
+
+def test_repr_fits_one_screen(judged):
+    saved = replace(judged, config=UnlearnConfig(output_dir="runs/apples"))
     assert repr(saved).splitlines() == [
         "UnlearnResult:",
         "  model: ViT-B-32/<tag>",
@@ -191,20 +194,20 @@ def test_repr_fits_one_screen():
         "  seconds: 12.0",
         "  saved in: runs/apples",
     ]
-    unjudged = repr(short_result(0, verdict=None, traces={}))
+    unjudged = repr(replace(judged, verdict=None, traces={}))
     assert "verdict: none" in unjudged
     assert "residue" not in unjudged
     assert "saved" not in unjudged
 
 
-def test_a_notebook_shows_what_there_is_when_the_pictures_are_gone():
-    shown = short_result(1)._repr_html_()
+def test_a_notebook_shows_what_there_is_when_the_pictures_are_gone(judged):
+    shown = judged._repr_html_()
     assert "The model has forgotten what it was to forget." in shown
     assert "ViT-B-32/&lt;tag&gt;" in shown
     assert '<td style="text-align: left">forgotten</td>' in shown
     assert "no pictures" in shown
     assert shown.endswith("<table>EVALUATION</table>")
-    assert "EVALUATION" not in short_result(1, evaluation=None)._repr_html_()
+    assert "EVALUATION" not in replace(judged, evaluation=None)._repr_html_()
 
 
 def test_a_notebook_shows_pictures_and_what_strangers_wrote_adds_no_element():

@@ -24,20 +24,14 @@ from fasterase.errors import InputError, import_extra
 from fasterase.files import write_text
 from fasterase.models.load import load_model
 from fasterase.numerals import counted
-from fasterase.page import (
-    MARKDOWN,
-    PAGE,
-    REST,
-    read_run,
-    write_markdown,
-    write_page,
-    write_rest,
-)
+from fasterase.page import PAGE, REST, read_run, write_reports, write_rest
 from fasterase.pairs.open import open_pairs
 from fasterase.progress import launched_rank
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
-from fasterase.report.plots import plot_history
+from fasterase.report.plots import history_charts, plot_charts
+from fasterase.report.tables import align
+from fasterase.report.templating import render
 
 # What the summary calls each recipe.
 RECIPES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}
@@ -155,14 +149,13 @@ def run_demo(
     evaluation.to_json(folder / "evaluation.json")
     write_text(folder / "evaluation.txt", evaluation.table() + "\n")
     if results[recipe].history:  # empty where the model never knew the concept
-        plot_history(results[recipe].history, folder / "losses.png")
+        plot_charts(history_charts(results[recipe].history), folder / "losses.png")
     draw_sheet(sets, original, folder / "model", folder / "pictures.png")
     if (folder / REST).is_file():
         called = "fruit" if forget == emoji.DEFAULT_FORGET else emoji.class_name(forget)
         run = replace(read_run(folder), called=called)
         write_rest(run, folder)
-        write_page([run], folder / PAGE)
-        write_markdown(run, folder / MARKDOWN)
+        write_reports(run, folder)
     print_result(evaluation, folder, recipe=recipe, full=full)
     return evaluation
 
@@ -198,37 +191,22 @@ def summary(evaluation: Evaluation, recipe: str) -> str:
         chance = _percent(evaluation.chance.get(name, {}).get(metric))
         values = [_percent(scores.get(name, {}).get(metric)) for scores in models.values()]
         lines.append([text.format(chance=chance), *values])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    label_width, *others = widths
-    return "\n".join(
-        "  ".join([f"{label:<{label_width}}", *map(str.rjust, cells, others)])
-        for label, *cells in lines
-    )
+    return "\n".join(align(lines, words=1))
 
 
 def print_result(evaluation: Evaluation, folder: Path, *, recipe: str, full: bool) -> None:
     """Print the summary, the full table if wanted, and what the output folder contains."""
-    print(f"\n{summary(evaluation, recipe)}\n")
-    verdicts = {"model": RECIPES[recipe], **{n: _title(n) for n in evaluation.references}}
-    for name, title in verdicts.items():
-        scores = None if name == "model" else evaluation.references[name]
-        listed = ", ".join(
-            f"{each} {verdict} (residue {evaluation.mean_residue(each, scores):.2f})"
-            for each, verdict in evaluation.set_verdicts.get(name, {}).items()
-        )
-        if listed:
-            print(f"Verdict on {title}: {listed}.")
-    print("Residue: 1 is known, 0.5 no trace, 0 loudly absent.")
-    if full:
-        print(f"\n{evaluation.table()}\n")
-    hint = "" if full else " (--full prints it)"
-    print(f"Every metric, with 95 % intervals: {folder / 'evaluation.txt'}{hint}.")
-    print(
-        f"Also in {folder}:\n  model/ (the erased model), pictures.png (captions before and "
-        "after), losses.png,\n  report.md, evaluation.json, history.jsonl."
+    titles = {"model": RECIPES[recipe], **{name: _title(name) for name in evaluation.references}}
+    told = render(
+        "demo.txt",
+        evaluation=evaluation,
+        titles=titles,
+        summary=summary(evaluation, recipe),
+        folder=folder,
+        page=PAGE,
+        full=full,
     )
-    print("The pairs are emoji: real image-text pairs, but no evidence about photographs.")
-    print(f"Read {folder / PAGE}")
+    print(told)
 
 
 def draw_sheet(sets: DemoSets, original: str, erased: Path, path: Path) -> None:

@@ -1,8 +1,7 @@
 """What a step costs: FLOPs and memory of one micro-batch, counted or measured, and memory by part.
 
-The towers run on tensors without storage, and a dispatch mode counts the FLOPs of
-all operators, by the formulas of `torch.utils.flop_counter`, and the bytes of all live storages.
-How fast a process decodes pictures for them is measured.
+The towers run on tensors without storage; a dispatch mode counts FLOPs, by the formulas of
+`torch.utils.flop_counter`, and the bytes of all live storages. Decoding of pictures is measured.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder, copy_with
 from fasterase.models.forward import SplitTower, TowerForward
 from fasterase.models.preprocessing import Tokens
-from fasterase.numerals import counted
 from fasterase.pairs.batches import KEPT_BYTES
 from fasterase.pairs.images import decode_image, to_rgb
 
@@ -114,9 +112,11 @@ class Counter(TorchDispatchMode):
 class Tracer:
     """Counts what encoding and back-propagating a micro-batch costs, `on_gpu` or on a CPU.
 
-    `model` is on the meta device; `requires_grad` tells what is trained. `counted` is called after
-    each pass: every operator of it takes a fraction of a millisecond, and large towers have tens
-    of thousands.
+    Args:
+        model: on the meta device; `requires_grad` tells what is trained.
+        precision: of the towers.
+        on_gpu: else on a CPU.
+        counted: called after each pass, which takes seconds for large towers.
     """
 
     def __init__(
@@ -128,6 +128,7 @@ class Tracer:
         counted: Callable[[], object] = lambda: None,
     ) -> None:
         self._counted = counted
+        self.correction = 1.0  # of activations, where they were measured
         # Tensors without storage on a "CPU": unlike meta tensors, they run under autocast and with
         # fused attention. Small constants of the libraries stay real.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -163,14 +164,14 @@ class Tracer:
             parameters = self._model.module.parameters()
             trained = sum(each.numel() for each in parameters if each.requires_grad)
             peak = self.backpropagate(pairs, checkpointing=checkpointing).peak_bytes
-            return max(0, peak - trained * FP32)
+            return int(max(0, peak - trained * FP32) * self.correction)
         # Memory is a convex function of the number of pairs: the line between one and the share
         # lies on it or above.
         one, most = (
             self.backpropagate(each, checkpointing=checkpointing, with_gradients=True).peak_bytes
             for each in (1, share)
         )
-        return one + (most - one) * (pairs - 1) // (share - 1)
+        return int((one + (most - one) * (pairs - 1) // (share - 1)) * self.correction)
 
     def _backpropagate(
         self, pairs: int, *, checkpointing: bool = False, with_gradients: bool = False
@@ -263,10 +264,9 @@ class StepMemory:
     def parts(self, parallel: Parallel, optimizer: str, activations: int) -> dict[str, int]:
         """Return part -> bytes, for a micro-batch with so many bytes of `activations`.
 
-        DeepSpeed's `coalesce_grad_reduction`, the way in which several backward passes per step are
-        exact, keeps whole local gradients at every stage; so ZeRO-2 saves nothing over ZeRO-1. Both
-        update a copy of their share of the fp32 weights, from a copy of their share of the
-        gradients; ZeRO-3, whose weights are shares already, has only the latter.
+        DeepSpeed's `coalesce_grad_reduction`, without which several backward passes per step are
+        not exact, keeps whole local gradients at every stage; so ZeRO-2 saves nothing over ZeRO-1.
+        Both update copies of their share of weights and gradients, ZeRO-3 one of the gradients.
         """
         counts = self.counts
         shares = 1 if parallel == "plain" else self.gpus
@@ -310,8 +310,8 @@ class StepMemory:
     def _update_numbers(self, parallel: Parallel, optimizer: str) -> int:
         """Numbers that reducing the gradients or the optimiser's step needs for a moment.
 
-        On a GPU torch's Adam updates all tensors at once, with one copy of their size; on a CPU one
-        after the other, with two copies of the largest. 8-bit optimisers work in place.
+        Torch's Adam needs one copy of all tensors on a GPU, two of the largest on a CPU; 8-bit
+        optimisers work in place.
         """
         counts = self.counts
         shares = 1 if parallel == "plain" else self.gpus
@@ -336,15 +336,6 @@ class Measured:
     def correction(self) -> float:
         """By what the counted memory of activations is multiplied."""
         return self.activation_bytes / self.counted_bytes
-
-    def lines(self) -> list[str]:
-        """Return two lines for the table of a plan."""
-        return [
-            f"Measured here ({self.device}, {counted(self.pairs, 'pair')}): activations of "
-            f"{self.activation_bytes / 1e9:.2f} GB, not {self.counted_bytes / 1e9:.2f} GB; "
-            f"so those above are multiplied by {self.correction:.2f}.",
-            f"Speed here: {self.tflops:.3g} TFLOP/s.",
-        ]
 
 
 def measure_micro_batch(model: DualEncoder, *, precision: str) -> Measured:

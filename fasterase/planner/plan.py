@@ -165,7 +165,7 @@ class Plan:
     """What erasing costs. `str(plan)` is a table.
 
     Attributes:
-        setup: the recommended way to run, and `setups` all that were compared, the simplest first.
+        setup: the recommended way to run; `setups`: all that were compared, the simplest first.
         bytes_per_gpu: part -> bytes on each GPU at the peak of a step; they add up to the peak.
         micro_batch_size: the largest that fits, at most a GPU's share of the batch.
         flops_per_pair: of training on one pair, re-encoding included.
@@ -224,14 +224,14 @@ class Plan:
             config.backend,
             pixel_bytes=3 * math.prod(model.image_size),  # uint8
         )
-        title = f"plan of {model.name}"
-        with Progress(title, unit="step", shown=config.progress) as bar:
+        with Progress(f"plan of {model.name}", unit="step", shown=config.progress) as bar:
             tracer = Tracer(model, precision=self.precision, on_gpu=on_gpu, counted=bar.update)
             self.forward_flops = {each: tracer.forward(each).flops for each in ("image", "text")}
             self.prefix_bytes = self._count_prefix_bytes(tracer)
-            self.measured = (
-                measure_micro_batch(model, precision=self.precision) if measure else None
-            )
+            self.measured = None
+            if measure:
+                self.measured = measure_micro_batch(model, precision=self.precision)
+                tracer.correction = self.measured.correction
             decoded = images_per_second or measure_decoding(model)
             self.setups = self._compare_setups(model, tracer)
             self.setup = setup = choose_setup(self.setups, gpus, gpu_memory)
@@ -250,8 +250,9 @@ class Plan:
         speed = tflops * 1e12 * efficiency / self.flops_per_pair
         asked = count_workers(config.num_workers)
         self.feeding = Feeding(decoded, speed, asked, is_measured=images_per_second is None)
-        workers = config.num_workers or self.feeding.workers
-        self.command = write_command(given, config, setup, gpus, workers)
+        self.command = write_command(
+            given, config, setup, gpus, config.num_workers or self.feeding.workers
+        )
         self.reason = explain(setup, self.setups, gpus, self.share)
 
     @property
@@ -325,11 +326,10 @@ class Plan:
     ) -> Setup:
         """Return a way to run, with the largest micro-batch that fits."""
         share = self.share
-        correction = 1.0 if self.measured is None else self.measured.correction
 
         def parts(pairs: int) -> dict[str, int]:
-            counted = tracer.activation_bytes(pairs, share=share, checkpointing=checkpointing)
-            return self._memory.parts(parallel, optimizer, int(counted * correction))
+            activations = tracer.activation_bytes(pairs, share=share, checkpointing=checkpointing)
+            return self._memory.parts(parallel, optimizer, activations)
 
         most = min(share, self.config.micro_batch_size or share)
         limit = USABLE * self.gpu_memory * 1e9
@@ -363,13 +363,11 @@ class Plan:
             pairs = min(_LEAST_MICRO_BATCH, self.share, self.config.micro_batch_size or self.share)
             leanest = self.setups[-1].activation_checkpointing
             counted = tracer.backpropagate(pairs, checkpointing=leanest, with_gradients=True)
-            correction = 1.0 if self.measured is None else self.measured.correction
-            activations = int(counted.peak_bytes * correction)
+            activations = int(counted.peak_bytes * tracer.correction)
             for each in self.setups:
                 if each.activation_checkpointing == leanest:
                     parts = self._memory.parts(each.parallel, each.optimizer, activations)
-                    name = f"{each.name}, micro_batch_size={pairs}"
-                    found.append((sum(parts.values()), name))
+                    found.append((sum(parts.values()), f"{each.name}, micro_batch_size={pairs}"))
         for card, memory in _CARDS:
             for peak, name in found:
                 if peak <= USABLE * memory * 1e9:
@@ -400,8 +398,8 @@ def plan(
 ) -> Plan:
     """Estimate memory, time and disk of an erasure from the model's architecture alone.
 
-    No weights are read, but for a checkpoint file. The towers run on tensors without storage, and
-    FLOPs and live bytes are counted (`fasterase/planner/count.py`).
+    No weights are read, but for a checkpoint file: the towers run on tensors without storage, and
+    FLOPs and live bytes are counted.
 
     Args:
         model: in any form that `unlearn` takes, an open_clip name without a tag, or a transformers
@@ -427,13 +425,9 @@ def plan(
     config = (config or UnlearnConfig()).replace(**overrides)
     pairs, gpus = parse_count("pairs", pairs, least=1), parse_count("gpus", gpus, least=1)
     forget = max(1, pairs // 100) if forget is None else parse_count("forget", forget, least=1)
-    for name, value in (
-        ("gpu_memory", gpu_memory),
-        ("efficiency", efficiency),
-        ("tflops", 1 if tflops is None else tflops),
-        ("images_per_second", 1 if images_per_second is None else images_per_second),
-    ):  # fmt: skip
-        if not value > 0:
+    numbers = {"gpu_memory": gpu_memory, "efficiency": efficiency, "tflops": tflops}
+    for name, value in {**numbers, "images_per_second": images_per_second}.items():
+        if value is not None and not value > 0:
             raise InputError(f"{name}={value!r} must be above 0.")
     if parse_rank(config.tune) is not None:
         raise InputError(

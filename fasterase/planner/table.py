@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fasterase.config import UnlearnConfig
 from fasterase.numerals import counted
+from fasterase.report.templating import render
 
 if TYPE_CHECKING:
     from fasterase.planner.plan import Plan, Setup
@@ -27,64 +28,35 @@ _PARTS = {
     "loss": "workspace of the loss",
     "update": "update, beyond room left by activations",
 }
-_WIDTH = 98
+_COMMAND_WIDTH = 96
 _SCORE_BYTES = 4 + 1 + 1  # of `fasterase.find`: a score, a decision, whether the name is there
 
 
 def plan_table(plan: Plan) -> str:
     """Return what `str(plan)` is."""
-    config, setup, measured = plan.config, plan.setup, plan.measured
-    image, text = (plan.forward_flops[tower] / 1e9 for tower in ("image", "text"))
-    training = f"{setup.flops_per_pair / 1e9:,.1f} GFLOP"
-    encoded = "encoded once" if setup.in_one else "encoded twice"
-    finding = [
-        "",
-        "Finding the concept first (fasterase find)",
-        f"  encoding all {counted(plan.pairs, 'pair'):<23}{_hours(plan, plan.find_gpu_hours)}",
-        f"  their scores in memory              {_SCORE_BYTES * plan.pairs / 1e6:,.0f} MB",
-    ]
-    epoch = _hours(plan, plan.gpu_hours_per_epoch)
-    lines = [
-        f"{plan.model}: {plan.parameters / 1e6:,.1f} M parameters, "
-        f"{plan.trained_parameters / 1e6:,.1f} M trained (tune={config.tune}), "
-        f"{plan.precision}",
-        f"{counted(plan.pairs, 'pair')} to keep, {plan.forget:,} to forget; "
-        f"{config.batch_size} + {config.forget_batch_size} pairs per step on {plan.gpus} x "
-        f"{plan.gpu_memory:g} GB",
-        "",
-        *_memory_table(setup, plan.setups),
-        "",
-        "Compute",
-        f"  encoding an image, a text           {image:,.1f} + {text:,.1f} GFLOP",
-        f"  training on a pair                  {training} ({encoded})",
-        f"  an epoch over {counted(plan.pairs, 'pair'):<22}{epoch}",
-        f"  the run, at most {counted(plan.steps, 'step'):<19}{_hours(plan, plan.run_gpu_hours)}",
-        "",
-        "Data",
-        f"  retain pairs that the run reads     {plan.retain_pairs:,} of {plan.pairs:,}",
-        f"  the original's features on disk     {plan.run_disk_bytes / 1e9:,.3f} GB for these, "
-        f"{plan.disk_bytes / 1e9:,.1f} GB for all",
-        *(finding if plan.finds else ()),
-    ]
-    lines += ["", *_wall_clock(plan)]
-    if plan.prefix_bytes:
-        lines.append(
-            f"  outputs of frozen blocks on disk    {plan.prefix_bytes / 1e9:,.3f} GB at most; "
-            "the compute above is without them"
+
+    def gpu_hours(hours: float) -> str:
+        if math.isnan(hours):
+            return "unknown on a CPU without --tflops or --measure"
+        return f"{hours:,.2f} GPU-hours at {plan.efficiency:.0%} of {plan.tflops:,.4g} TFLOP/s"
+
+    def wall_clock(pairs: int, hours: float) -> str:
+        fed, alone = (
+            describe_hours(plan.feeding.hours(pairs, hours, plan.gpus, workers=each))
+            for each in (plan.feeding.workers, 0)
         )
-    if measured is not None:
-        lines += ["", *measured.lines()]
-    lines += ["", *textwrap.wrap(plan.reason, _WIDTH)]
-    if plan.smallest_gpu:
-        lines += textwrap.wrap(plan.smallest_gpu, _WIDTH)
-    lines += [*textwrap.wrap(plan.feeding.describe(), _WIDTH), "", _wrap_command(plan.command)]
-    return "\n".join(lines)
+        return f"{fed:<16}{alone}"
 
-
-def _hours(plan: Plan, hours: float) -> str:
-    if math.isnan(hours):
-        return "unknown on a CPU without --tflops or --measure"
-    return f"{hours:,.2f} GPU-hours at {plan.efficiency:.0%} of {plan.tflops:,.4g} TFLOP/s"
+    return render(
+        "plan.txt",
+        plan=plan,
+        titles=_PARTS,
+        score_bytes=_SCORE_BYTES,
+        gpu_hours=gpu_hours,
+        wall_clock=wall_clock,
+        wrap=textwrap.fill,
+        wrap_command=_wrap_command,
+    )
 
 
 def write_command(
@@ -155,52 +127,13 @@ def explain(setup: Setup, setups: Sequence[Setup], gpus: int, share: int) -> str
     return " ".join(sentences)
 
 
-def _memory_table(setup: Setup, setups: Sequence[Setup]) -> list[str]:
-    chosen = {"optimizer": setup.optimizer, "pairs": counted(setup.micro_batch_size, "pair")}
-    return [
-        "Memory of each GPU at the peak of a step, GB",
-        *(
-            f"  {_PARTS[part].format(**chosen):<42}{size / 1e9:>9.2f}"
-            for part, size in setup.bytes_per_gpu.items()
-        ),
-        f"  {'peak':<42}{setup.peak_bytes / 1e9:>9.2f}",
-        "",
-        f"{'Ways to run':<54}{'pairs at a time':>16}{'peak GB':>10}{'GFLOP per pair':>17}",
-        *(
-            f"{'*' if each is setup else ' '} {each.name:<52}"
-            f"{each.micro_batch_size or 'none fits':>16}"
-            f"{each.peak_bytes / 1e9:>10.1f}{each.flops_per_pair / 1e9:>17,.1f}"
-            for each in setups
-        ),
-    ]
-
-
 def _wrap_command(command: str) -> str:
     # A flag and its value stay on one line.
     glued = re.sub(r"(--\w+) (?!-)", "\\1\0", command)
     wrapper = textwrap.TextWrapper(
-        _WIDTH - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        _COMMAND_WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
     return " \\\n".join(wrapper.wrap(glued)).replace("\0", " ")
-
-
-def _wall_clock(plan: Plan) -> list[str]:
-    """Say how long the jobs take with workers that load, and without."""
-    workers = plan.feeding.workers
-    jobs = [
-        (f"an epoch over {counted(plan.pairs, 'pair')}", plan.pairs, plan.gpu_hours_per_epoch),
-        (f"the run, at most {counted(plan.steps, 'step')}", plan.run_pairs, plan.run_gpu_hours),
-    ]
-    if plan.finds:
-        jobs.append(("finding the concept", plan.pairs, plan.find_gpu_hours))
-    lines = [f"Wall clock with --num_workers {workers} per GPU, and without workers"]
-    for name, pairs, hours in jobs:
-        fed, alone = (
-            describe_hours(plan.feeding.hours(pairs, hours, plan.gpus, workers=each))
-            for each in (workers, 0)
-        )
-        lines.append(f"  {name:<36}{fed:<16}{alone}")
-    return lines
 
 
 def describe_hours(hours: float) -> str:

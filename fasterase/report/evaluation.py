@@ -28,7 +28,7 @@ from fasterase.evaluation.metrics import IMAGE_TO_IMAGE, METRICS, OLD_INDEX, TOW
 from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.files import check_creatable, check_writable, parse_path, to_json, write_text
 from fasterase.numerals import counted
-from fasterase.report.plots import plot_findings, plot_series
+from fasterase.report.plots import plot_charts, plot_findings, series_charts
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
 from fasterase.report.templating import inline, render
 
@@ -63,13 +63,12 @@ class Evaluation:
         references: name -> a further model's scores.
         tasks: name of a task -> what it found; see docs/attacks.md.
         attacks: name of an attack -> what it found.
-        audit: what the record beside a saved model says, and how the model compares with it; empty
-            without a record.
+        audit: what the record beside a saved model says, and how the model compares with it.
         series: name of an attack -> what `plot` draws, if that is more than its figures.
         hurt: what lost outside the sets to forget, by name, the worst first: captions and classes
             of sets to keep, and everyday words. Empty without the original.
         remaining: captions to forget that still win pictures in the verdict's contest, by name,
-            with the share of their pictures, the most found first. A mean of many hides one.
+            with the share of their pictures, the most found first.
         outside: of everyday things, which need no pictures: how many were measured (`things`), the
             mean `cosine` with the original's feature and that of the lowest 5 %, the mean share of
             nearest `neighbours` that stayed, the share of things that lost more than half of them
@@ -128,11 +127,8 @@ class Evaluation:
         """
         found = {name: dict(values) for name, values in self.scores.items()}
         for kind, name, findings in self.examined():
-            found[f"{kind}:{name}"] = {
-                key: finding.value
-                for key, finding in findings.items()
-                if not isinstance(finding.value, str)
-            }
+            values = {key: finding.value for key, finding in findings.items()}
+            found[f"{kind}:{name}"] = {k: v for k, v in values.items() if not isinstance(v, str)}
         return found
 
     def examined(self) -> Iterator[tuple[str, str, Findings]]:
@@ -157,13 +153,13 @@ class Evaluation:
 
     def markdown(self) -> str:
         """Return the same table in Markdown, with a heading."""
-        table = markdown_table(columns_of(self, [*self.references]), sections_of(self))
+        table = markdown_table(columns_of(self), sections_of(self))
         title = f"# Evaluation of {self.settings['model']}"
         return "\n\n".join([title, table, *_notes(self, written=inline)]) + "\n"
 
     def _repr_html_(self) -> str:
         """Show the verdict, what was hurt, and the table in a notebook."""
-        table = html_table(columns_of(self, [*self.references]), sections_of(self))
+        table = html_table(columns_of(self), sections_of(self))
         *notes, legend = _notes(self)
         return render("evaluation.html", notes=notes, table=table, legend=legend)
 
@@ -196,10 +192,12 @@ class Evaluation:
         files = []
         for kind, name, findings in self.examined():
             path, title = folder / f"{name}.png", f"{kind} {name} of {self.settings['model']}"
-            if self.series.get(name):
-                files.append(plot_series(self.series[name], path, title=title))
-            else:
-                files.append(plot_findings([*findings.values()], path, title=title))
+            charts = series_charts(self.series.get(name, ()))
+            files.append(
+                plot_charts(charts, path, title=title)
+                if charts
+                else plot_findings([*findings.values()], path, title=title)
+            )
         return files
 
     def to_json(self, path: str | PathLike[str]) -> Path:
@@ -223,19 +221,12 @@ class Evaluation:
             raise InputError(f"path: no file {path}. Give one that Evaluation.to_json wrote.")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            values["intervals"] = {
-                name: {key: (low, high) for key, (low, high) in found.items()}
-                for name, found in values["intervals"].items()
-            }
-            for kind in ("tasks", "attacks"):
-                values[kind] = {
-                    name: {key: Finding(**finding) for key, finding in found.items()}
-                    for name, found in values.get(kind, {}).items()
-                }
-            values["series"] = {
-                name: [Series(**each) for each in those]
-                for name, those in values.get("series", {}).items()
-            }
+            for found in values["intervals"].values():
+                found |= {key: tuple(ends) for key, ends in found.items()}
+            for found in (*values.get("tasks", {}).values(), *values.get("attacks", {}).values()):
+                found |= {key: Finding(**each) for key, each in found.items()}
+            for those in values.get("series", {}).values():
+                those[:] = [Series(**each) for each in those]
             values["hurt"] = [Hurt(*each) for each in values.get("hurt", [])]
             values["remaining"] = [Remaining(*each) for each in values.get("remaining", [])]
             return cls(**values)
@@ -327,9 +318,11 @@ def _original_scores(original: Measurement, model: Measurement) -> Scores:
     return scores
 
 
-def columns_of(evaluation: Evaluation, references: Sequence[str]) -> list[str]:
+def columns_of(evaluation: Evaluation, references: Iterable[str] | None = None) -> list[str]:
+    """Return the headers of the table; `references` replaces the names of further models."""
     original = [] if evaluation.original is None else ["original"]
-    return ["metric", "wanted", "chance", *original, "model", "95 % interval", *references]
+    others = evaluation.references if references is None else references
+    return ["metric", "wanted", "chance", *original, "model", "95 % interval", *others]
 
 
 def sections_of(evaluation: Evaluation) -> list[Section]:
@@ -387,17 +380,14 @@ def _notes(evaluation: Evaluation, written: Callable[[str], str] = str) -> list[
 
     `written` is how names are written, which may hold anything.
     """
-    notes = [_describe_verdicts(evaluation)]
-    if evaluation.remaining:
-        listed = [written(each.describe()) for each in evaluation.remaining[:LISTED]]
-        more = len(evaluation.remaining) - len(listed)
-        notes.append(f"Still found: {', '.join(listed)}{f' and {more:,} more' if more else ''}.")
-    if evaluation.hurt:
-        notes.append(written(describe_hurt(evaluation, count=LISTED)))
-    if evaluation.outside:
-        notes.append(describe_outside(evaluation.outside))
-    if evaluation.audit:
-        notes.append("\n".join(["Audit:", *(f"- {line}" for line in evaluation.audit)]))
+    audit = [f"- {line}" for line in evaluation.audit]
+    notes = [
+        _describe_verdicts(evaluation),
+        written(_name_first("Still found", evaluation.remaining, LISTED)),
+        written(describe_hurt(evaluation, count=LISTED)),
+        describe_outside(evaluation.outside),
+        "\n".join(["Audit:", *audit]) if audit else "",
+    ]
     candidates = evaluation.settings["candidates"]
     legend = (
         f"{LEGEND}\nimage->text ranks among {counted(candidates, 'caption')}, "
@@ -409,28 +399,35 @@ def _notes(evaluation: Evaluation, written: Callable[[str], str] = str) -> list[
         legend += (
             "\ntext->old image ranks the original's features of the images, an index not rebuilt."
         )
-    return [*notes, legend]
+    return [*filter(None, notes), legend]
 
 
 def describe_hurt(evaluation: Evaluation, *, count: int) -> str:
     """Name the `count` that lost most; empty if nothing did."""
-    worst = [each.describe() for each in evaluation.hurt[:count]]
-    more = len(evaluation.hurt) - len(worst)
-    return f"Hurt most: {', '.join(worst)}{f' and {more:,} more' if more else ''}." if worst else ""
+    return _name_first("Hurt most", evaluation.hurt, count)
+
+
+def _name_first(title: str, found: Sequence[Hurt | Remaining], count: int) -> str:
+    named = ", ".join(each.describe() for each in found[:count])
+    more = f" and {len(found) - count:,} more" if len(found) > count else ""
+    return f"{title}: {named}{more}." if found else ""
 
 
 def describe_outside(outside: Mapping[str, float]) -> str:
+    """Say how everyday things fared, from `Evaluation.outside`."""
+    if not outside:
+        return ""
     text = (
         f"Outside the sets: {outside['things']:,} everyday things kept "
         f"{100 * outside['neighbours']:.0f} % of their nearest neighbours; "
         f"{100 * outside['hurt']:.1f} % of them lost more than half."
     )
-    if "cosine" in outside:
-        lowest = outside["cosine_of_5_percent"]
-        text += (
-            f" Cosine with the original {outside['cosine']:.3f}, of the lowest 5 % {lowest:.3f}."
-        )
-    return text
+    if "cosine" not in outside:
+        return text
+    return (
+        f"{text} Cosine with the original {outside['cosine']:.3f}, of the lowest 5 % "
+        f"{outside['cosine_of_5_percent']:.3f}."
+    )
 
 
 def _describe_verdicts(evaluation: Evaluation) -> str:

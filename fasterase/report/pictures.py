@@ -31,8 +31,9 @@ NEAREST = 0.1  # share of retain captions that are neighbours of those to forget
 FORGET_CANDIDATES, RETAIN_CANDIDATES = 100, 400
 
 # Pixels.
-PICTURE, LINE, GAP, TEXT_WIDTH = 96, 20, 12, 190
-MARGIN = 20
+PICTURE, LINE, GAP, MARGIN = 96, 20, 12, 20
+# Of a column of captions that are names, and where some have more characters.
+TEXT_WIDTH, SENTENCE_WIDTH, NAME_LENGTH = 190, 290, 30
 
 COLUMNS = 2  # pictures side by side
 
@@ -136,13 +137,13 @@ def example_rows(
     erased = dict.fromkeys([*to_forget, *chain(*(further[name] for name in forget_sets))])
     candidates = dict.fromkeys([*to_forget, *to_keep, *chain(*further.values())])
     ranking = CaptionRanking([*candidates], before, after)
-    texts = ranking.text[0]  # of the original
-    kept_texts = texts[len(to_forget) :][: len(to_keep)]
-    closeness = (kept_texts @ texts[: len(to_forget)].T).amax(dim=1)
-    nearest = closeness.argsort(descending=True).tolist()
-    kept = list(to_keep.values())
-    near, rest = ([kept[i] for i in those] for those in (nearest[:PICTURES], nearest[PICTURES:]))
-    own = spread(list(to_forget.values()), PICTURES)
+    forget_texts, kept_texts, _ = ranking.text[0].tensor_split(
+        (len(to_forget), len(to_forget) + len(to_keep))
+    )
+    closeness = (kept_texts @ forget_texts.T).amax(dim=1)
+    kept_rows = [*to_keep.values()]
+    kept = [kept_rows[i] for i in closeness.argsort(descending=True).tolist()]
+    own = spread([*to_forget.values()], PICTURES)
 
     def show(name: str, title: str) -> list[SheetRow]:
         rows, to_go = [*further[name].values()], name in forget_sets
@@ -151,8 +152,8 @@ def example_rows(
     sections = [
         ranking.rows("To forget", forget, own, is_to_forget=True),
         *(show(name, "To forget") for name in further if name in forget_sets),
-        ranking.rows("Neighbours: kept, with similar captions", retain, near),
-        ranking.rows("Kept", retain, spread(rest, PICTURES)),
+        ranking.rows("Neighbours: kept, with similar captions", retain, kept[:PICTURES]),
+        ranking.rows("Kept", retain, spread(kept[PICTURES:], PICTURES)),
         *(show(name, "To keep") for name in further if name not in forget_sets),
     ]
     for rows in sections:
@@ -218,7 +219,7 @@ def picture_sheet(
     path: str | PathLike[str],
     *,
     erased: Collection[str] = (),
-    text_width: int = TEXT_WIDTH,
+    text_width: int | None = None,
 ) -> Path:
     """Draw pictures with their top captions before and after erasing, and write an image file.
 
@@ -227,7 +228,7 @@ def picture_sheet(
         path: file to write, preferably `.png`.
         erased: captions of the erased concept, drawn in red. The caption of a picture itself is
             drawn in green.
-        text_width: pixels of each of a picture's two columns of captions.
+        text_width: pixels of each of a picture's two columns of captions; None: by their length.
 
     Raises:
         InputError: `rows` is empty.
@@ -236,6 +237,9 @@ def picture_sheet(
         raise InputError("rows is empty: there is no picture to draw.")
     sections = [(name, [*members]) for name, members in groupby(rows, key=lambda row: row.section)]
     depth = max(len(names) for row in rows for names in (row.before, row.after))
+    if text_width is None:
+        longest = max(len(name) for row in rows for name in (*row.before, *row.after))
+        text_width = SENTENCE_WIDTH if longest > NAME_LENGTH else TEXT_WIDTH
     cell_height = max(PICTURE, LINE * (2 + depth)) + GAP
     cell_width = PICTURE + 2 * text_width + 3 * GAP
     heading_height = 2 * LINE + GAP

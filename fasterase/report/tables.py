@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 from fasterase.report.templating import inline, render
@@ -23,21 +23,25 @@ def text_table(columns: Sequence[str], sections: Sequence[Section]) -> str:
     # Headers stand on the bottom line of the tallest.
     upwards = zip_longest(*(reversed(column.split("\n")) for column in columns), fillvalue="")
     header_rows = [*upwards][::-1]
-    rows = [*header_rows, *(row for section in sections for row in section.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = [
-            cell.ljust(width) if place < WORDS else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return ("  " + "  ".join(aligned)).rstrip()
-
-    lines = [line(row) for row in header_rows]
-    rule = "-" * (2 + sum(widths) + 2 * (len(widths) - 1))
+    rows = [row for section in sections for row in section.rows]
+    lines = [f"  {line}" for line in align([*header_rows, *rows])]
+    rule = "-" * max(map(len, lines))
+    table, body = lines[: len(header_rows)], iter(lines[len(header_rows) :])
     for section in sections:
-        lines += [rule, section.title, *(line(row) for row in section.rows)]
-    return "\n".join(lines)
+        table += [rule, section.title, *islice(body, len(section.rows))]
+    return "\n".join(table)
+
+
+def align(rows: Sequence[Sequence[str]], *, words: int = WORDS) -> list[str]:
+    """Return rows as lines: the first `words` columns are aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < words else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def markdown_table(columns: Sequence[str], sections: Sequence[Section]) -> str:

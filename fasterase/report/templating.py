@@ -1,4 +1,4 @@
-"""Templates: HTML in which all values are escaped, and Markdown; pictures inside a file."""
+"""Templates: HTML in which all values are escaped, Markdown and text; pictures inside a file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from typing import Any
 
 from PIL import Image
 
+from fasterase.evaluation.metrics import wilson_interval
 from fasterase.numerals import counted
+from fasterase.report.plots import place
 
 # What no HTML file may hold: control characters, halves of characters, noncharacters.
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a file of `templates/`. Values are escaped in those that end in `.html`."""
+    """Fill in a file of `templates/`.
+
+    Values are escaped in those that end in `.html`, and on one line each in `.lines`.
+    """
     return _environment().get_template(template).render(**values)
 
 
@@ -36,16 +41,21 @@ def _environment() -> Any:
         loader=jinja2.PackageLoader("fasterase.report"),
         autoescape=jinja2.select_autoescape(("html",)),
         undefined=jinja2.StrictUndefined,
-        finalize=_fit,
+        finalize=jinja2.pass_context(_fit),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "inline": inline, "counted": counted}
+    for each in (percent, interval, inline, counted, place):
+        environment.filters[each.__name__] = each
     return environment
 
 
-def _fit(value: object) -> object:
-    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
+def _fit(context: Any, value: object) -> object:
+    if type(value) is not str:
+        return value
+    if context.name is not None and context.name.endswith(".lines"):
+        value = " ".join(value.splitlines())
+    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", value)
 
 
 def percent(share: float | None) -> str:
@@ -56,6 +66,12 @@ def percent(share: float | None) -> str:
     if share != round(share) and text in ("0", "100"):
         text = "> 99.9" if share > 0.5 else "< 0.1"
     return f"{text} %"
+
+
+def interval(share: float, count: int) -> str:
+    """Return the 95 % interval of a share of `count` things."""
+    low, high = wilson_interval(share, count)
+    return f"{percent(low)} to {percent(high)}"
 
 
 def inline(text: str) -> str:

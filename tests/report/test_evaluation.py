@@ -72,6 +72,8 @@ def test_report_is_markdown_or_json_by_its_name(tmp_path: Path) -> None:
     text = EVALUATION.report(tmp_path / "new" / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# Evaluation of fake\n\n## forget (1 pair, to forget)\n\n| metric |")
     assert "| image->text R@1, % | ↓ | 0.1 | 100.0 | 12.5 | -25.0 to 50.0 | 50.0 |" in text
+    other = dataclasses.replace(EVALUATION, references={"a|b <i>": scores(1, 1, 1)})
+    assert other.markdown().count(" | a\\|b \\<i> |\n| --- | --- | ---: | ---: |") == 2
     path = EVALUATION.report(tmp_path / "report.json")
     assert Evaluation.from_json(path) == EVALUATION
     assert json.loads(path.read_text())["scores"] == EVALUATION.to_dict()

@@ -12,7 +12,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from fasterase.evaluation.findings import Finding, Series
 from fasterase.report import lettering
 from fasterase.report.lettering import Pen, find_faces, spell, turn_round
-from fasterase.report.plots import plot_findings, plot_series
+from fasterase.report.plots import plot_charts, plot_findings, series_charts
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 DEJAVU = ("DejaVu Sans", str(FONTS / "DejaVuSans.ttf"))
@@ -95,7 +95,8 @@ def test_plots_use_the_same_fonts_and_warn_of_no_glyph(tmp_path):
         Series("⌚ 你好: hit", "x", "y", [0, 1], [1, 2], model="猫", point_labels=["犬", "b"]),
         Series("⌚ 你好: hit", "x", "y", [0, 1], [2, 1], model="مرحبا"),
     ]
-    plot = plot_series(lines, tmp_path / "lines.svg", title="of 模型").read_text(encoding="utf-8")
+    path = plot_charts(series_charts(lines), tmp_path / "lines.svg", title="of 模型")
+    plot = path.read_text(encoding="utf-8")
     for text in ("⌚ [U+4F60 U+597D]: hit", "[U+732B]", "[U+72AC]", "of [U+6A21 U+578B]"):
         assert f"<!-- {text} -->" in plot
     assert "STIXGeneral" in plot
