@@ -29,17 +29,19 @@ from benchmarks.evidence.cells import (
     METHODS,
     ORIGINAL,
     RETRAINED,
+    TRACE,
     Cell,
-    Measured,
+    Row,
     as_text,
     check_methods,
+    place_of,
+    read_models,
     run_cells,
 )
-from benchmarks.evidence.rows import flatten, read_models
 from benchmarks.evidence.table import (
     ATTACKED,
+    Chosen,
     as_table,
-    by_place,
     choose,
     describe_choice,
     summarise,
@@ -53,7 +55,6 @@ from fasterase.option_values import parse_named
 
 SETTINGS, MODELS = "evidence_settings.csv", "evidence_models.csv"
 RETRAINED_HELP = "further models trained without a subgroup (tools.demo_assets.train)"
-Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the validation concepts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,20 +73,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     retrained = parse_retrained(options.retrained)
 
     kept = read_models(options.output / MODELS) if options.merge else []
-    check_methods({each.method for each in kept} - {ORIGINAL, RETRAINED})
+    check_methods({row["method"] for row in kept} - {ORIGINAL, RETRAINED})
     chosen, tuned_on = choose_settings(methods, options)
     print(describe_choice(chosen), flush=True)
 
     in_final = finalists(methods, chosen, options.finalists)
     print(f"Finalists: {', '.join(in_final)}", flush=True)
     tested = method_cells(methods, chosen, in_final, options.subgroups, options.seeds, attacks)
-    known = {(each.method, each.subgroup, each.seed) for each in kept}
+    known = set(map(place_of, kept))
     others = other_cells(options.subgroups, options.seeds, attacks, retrained)
     tested += [each for each in others if (each.method, each.subgroup, each.seed) not in known]
     found = run_cells(tested, options.work, options.processes)
-    found += [each for each in kept if each.method not in options.methods]
+    found += [row for row in kept if row["method"] not in options.methods]
     order = [ORIGINAL, RETRAINED, *METHODS]
-    found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
+    found.sort(key=lambda row: (order.index(row["method"]), row["subgroup"], row["seed"]))
     write_results(found, f"Tuned on {tuned_on}:\n\n{describe_choice(chosen)}\n", options.output)
 
 
@@ -121,12 +122,13 @@ def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> t
     return chosen, tuned_on
 
 
-def write_results(found: Sequence[Measured], tuned: str, output: Path) -> None:
+def write_results(found: Sequence[Row], tuned: str, output: Path) -> None:
     """Write the tables, and print the one for people with what was `tuned`."""
-    rows = summarise(found, by_place(found))
+    rows = summarise(found)
     text = f"{as_table(rows)}\n{tuned}"
     write_csv(output / "evidence.csv", rows)
-    write_csv(output / MODELS, [flatten(each) for each in found])
+    models = [{key: value for key, value in row.items() if key != TRACE} for row in found]
+    write_csv(output / MODELS, models)
     write_text(output / "evidence.md", text)
     print(text)
 
@@ -179,8 +181,7 @@ def tune(
         for setting in method.settings
         for subgroup in validation
     ]
-    validated = run_cells(tried, work, processes)
-    return choose(validated, by_place(validated))
+    return choose(run_cells(tried, work, processes))
 
 
 def settings_table(chosen: Chosen, tuned_on: str) -> list[dict[str, Any]]:

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from benchmarks.command import comparison_parser, exit_with
 from benchmarks.evidence.attacks import MEMBERSHIP, RELEARNED, SWAPPED, attacks_of, non_members
-from benchmarks.evidence.sequential import HIT, RECALL, erase
-from benchmarks.evidence.task import KEEP_SETS
+from benchmarks.evidence.sequential import HIT, erase
+from benchmarks.evidence.task import KEEP_SETS, RECALL, keep_evaluation
 from benchmarks.processes import call_all
-from benchmarks.result_files import count_words, markdown_table, write_csv
+from benchmarks.result_files import group_rows, group_table, sum_up, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets
 from fasterase.demo.sets import build_sets
@@ -57,25 +56,24 @@ def run(cell: tuple[int, str], references: Mapping[str, Path], work: Path) -> Ev
     """Erase a concept and measure the three models, or read what an earlier command measured."""
     seed, concept = cell
     folder = work / f"{concept}_seed{seed}"
-    measured = folder / "evaluation.json"
-    if measured.is_file():
-        return Evaluation.from_json(measured)
-    base = str(emoji.BASE_MODEL)
-    sets = build_sets(concept, original=base, seed=seed)
-    if read_record(folder / "model") is None:
-        erase(base, sets.forget, sets.retain, seed=seed, folder=folder / "model")
-    evaluation = evaluate_sets(
-        str(folder / "model"),
-        sets,
-        original=base,
-        references={RETRAINED: str(references[concept])},
-        attacks=attacks_of(ATTACKED),
-        non_members=non_members(),
-        seed=seed,
-        progress=False,
-    )
-    evaluation.to_json(measured)
-    return evaluation
+
+    def measure() -> Evaluation:
+        base = str(emoji.BASE_MODEL)
+        sets = build_sets(concept, original=base, seed=seed)
+        if read_record(folder / "model") is None:
+            erase(base, sets.forget, sets.retain, seed=seed, folder=folder / "model")
+        return evaluate_sets(
+            str(folder / "model"),
+            sets,
+            original=base,
+            references={RETRAINED: str(references[concept])},
+            attacks=attacks_of(ATTACKED),
+            non_members=non_members(),
+            seed=seed,
+            progress=False,
+        )
+
+    return keep_evaluation(folder / "evaluation.json", measure)
 
 
 def rows_of(concept: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -104,49 +102,32 @@ def rows_of(concept: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format means over seeds as Markdown, in percent, and over concepts where there are two."""
-    concepts = list(dict.fromkeys(row["concept"] for row in rows))
+    concepts = {row["concept"] for row in rows}
+    means = [{**row, "concept": "mean"} for row in rows] if len(concepts) > 1 else []
+
+    def cell(those: Sequence[Mapping[str, Any]], figure: str) -> str:
+        form = "+.1f" if figure.endswith("change") else ".1f"
+        return sum_up((row for row in those if row["figure"] == figure), "value", form)
+
     figures = list(dict.fromkeys(row["figure"] for row in rows))
-    lines = []
-    for concept in (*concepts, *(["mean"] if len(concepts) > 1 else [])):
-        for model in MODELS:
-            those = concepts if concept == "mean" else [concept]
-            cells = [_cell(each, _values(rows, those, model, each)) for each in figures]
-            lines.append([concept, model, *cells])
-    return markdown_table(["concept", "model", *figures], lines, left=2)
-
-
-def _values(
-    rows: Sequence[Mapping[str, Any]], concepts: Sequence[str], model: str, figure: str
-) -> list[Any]:
-    """Return a figure of a model for each seed and concept."""
-    return [
-        row["value"]
-        for row in rows
-        if row["concept"] in concepts and (row["model"], row["figure"]) == (model, figure)
-    ]
-
-
-def _cell(figure: str, values: Sequence[Any]) -> str:
-    if figure.endswith(VERDICT):
-        return count_words(values)
-    sign = "+" if figure.endswith("change") else ""
-    return f"{100 * np.mean(values):{sign}.1f}"
+    return group_table([*rows, *means], ["concept", "model"], figures, cell)
 
 
 def distances(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say for each figure how far the erased models are from the retrained ones, in points."""
-    concepts = list(dict.fromkeys(row["concept"] for row in rows))
     lines = ["erased minus retrained, in points: mean over concepts (each concept)"]
-    for figure in dict.fromkeys(row["figure"] for row in rows):
+    for (figure,), those in group_rows(rows, "figure").items():
         if figure.endswith(VERDICT):
             continue
         apart = []
-        for each in concepts:
-            ends = (_values(rows, [each], model, figure) for model in (ERASED, RETRAINED))
-            erased, retrained = map(np.mean, ends)
+        for of_concept in group_rows(those, "concept").values():
+            of_model = group_rows(of_concept, "model")
+            erased, retrained = (
+                fmean(row["value"] for row in of_model[model,]) for model in (ERASED, RETRAINED)
+            )
             apart.append(100 * (erased - retrained))
         listed = ", ".join(f"{value:+.1f}" for value in apart)
-        lines.append(f"{figure:36} {np.mean(apart):+6.1f} ({listed})")
+        lines.append(f"{figure:36} {fmean(apart):+6.1f} ({listed})")
     return "\n".join(lines) + "\n"
 
 

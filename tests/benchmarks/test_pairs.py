@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.systems import pairs as benchmark
+from benchmarks import pairs as benchmark
 from fasterase.pairs import read_tars
 
 
