@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import exit_with, mode_parser
-from benchmarks.loss.case import Case
+from benchmarks.loss.case import Case, make_inputs
 from benchmarks.loss.measure import clock
 from benchmarks.processes import MeasurementError, call_all, describe_error
 from benchmarks.result_files import measured_on
-from benchmarks.systems.gpu_kernels import PROCESSES, make_step
+from benchmarks.systems.gpu_checks import PROCESSES, make_step
 from fasterase.files import write_text
 from fasterase.ops.contrastive import triton_plan
 from fasterase.ops.contrastive.triton_plan import Tile
@@ -93,7 +93,7 @@ _planned: dict[tuple[str, bool], Tile | None] = {}
 @functools.cache
 def planned_gradient(case: Case) -> Tensor:
     """Return the gradient of the images by a step with the planned tiles."""
-    return make_step(case)()[0]
+    return make_step(case, make_inputs(case))()[0]
 
 
 def measure(
@@ -107,7 +107,7 @@ def measure(
         expected = planned_gradient(cases[0]) if is_checked else None
         use(kernel, tile)
         for case in cases:
-            step = make_step(case)
+            step = make_step(case, make_inputs(case))
             with warnings.catch_warnings():
                 # A launch that does not fit warns and takes fewer stages, as planned tiles may.
                 if not is_planned:

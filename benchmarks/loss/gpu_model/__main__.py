@@ -81,8 +81,7 @@ def _compare_row(row: Row, predict: Predict) -> dict[str, Any]:
 def predict_step(gpu: Gpu, n: int, width: int, has_ref: bool) -> float:
     """Predict a step in milliseconds, from the kernels as they compile now."""
     # Compiling needs Triton and its tools; reading measurements does not.
-    from benchmarks.loss.gpu_model.cost_model import step_row
-    from benchmarks.loss.gpu_model.fasterase_kernels import modelled
+    from benchmarks.loss.gpu_model.cost_model import modelled, step_row
 
     sums = modelled(gpu, "sums", width, False, n)
     strip = modelled(gpu, "strip", width, has_ref, n)

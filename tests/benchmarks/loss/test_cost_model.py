@@ -7,7 +7,7 @@ import csv
 import pytest
 
 from benchmarks.loss.gpu_model import cost_model
-from benchmarks.loss.gpu_model.fasterase_kernels import TilePath, find_launch, kernel_phases
+from benchmarks.loss.gpu_model.cost_model import TilePath, find_launch, kernel_phases
 from benchmarks.loss.gpu_model.gpu_time import (
     A100,
     H100,
