@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.links import __main__ as links
 from benchmarks.links import erasing, models
-from benchmarks.links.measure import Features, Known
+from benchmarks.links.erasing import Features, Known
 from benchmarks.links.personas import KINDS, SENSITIVE, drawings, make_personas
 from fasterase.demo import emoji
 from fasterase.engine import pacing

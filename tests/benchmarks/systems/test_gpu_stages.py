@@ -208,7 +208,7 @@ def test_sanitizer_stages(tmp_path, monkeypatch):
 
 def test_commands_of_every_stage_are_accepted(tmp_path):
     """Nobody would notice a mistyped option before there is a GPU."""
-    from benchmarks.loss import sweep
+    from benchmarks.loss import __main__ as sweep
     from benchmarks.systems import end_to_end
 
     parsers = {
