@@ -23,29 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import TEST, VALIDATION, comparison_parser, exit_with
+from benchmarks.evidence import cells, table
 from benchmarks.evidence.attacks import attacks_of
 from benchmarks.evidence.cells import (
-    COSTLY,
     METHODS,
     ORIGINAL,
     RETRAINED,
-    TRACE,
     Cell,
     Row,
     as_text,
     check_methods,
-    place_of,
-    read_models,
-    run_cells,
 )
-from benchmarks.evidence.table import (
-    ATTACKED,
-    Chosen,
-    as_table,
-    choose,
-    describe_choice,
-    summarise,
-)
+from benchmarks.evidence.table import ATTACKED, Chosen, describe_choice
 from benchmarks.evidence.task import Method
 from benchmarks.result_files import read_csv, write_csv
 from fasterase.demo import emoji
@@ -72,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     attacks = tuple(options.attacks)
     retrained = parse_retrained(options.retrained)
 
-    kept = read_models(options.output / MODELS) if options.merge else []
+    kept = cells.read_models(options.output / MODELS) if options.merge else []
     check_methods({row["method"] for row in kept} - {ORIGINAL, RETRAINED})
     chosen, tuned_on = choose_settings(methods, options)
     print(describe_choice(chosen), flush=True)
@@ -80,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     in_final = finalists(methods, chosen, options.finalists)
     print(f"Finalists: {', '.join(in_final)}", flush=True)
     tested = method_cells(methods, chosen, in_final, options.subgroups, options.seeds, attacks)
-    known = set(map(place_of, kept))
+    known = set(map(cells.place_of, kept))
     others = other_cells(options.subgroups, options.seeds, attacks, retrained)
     tested += [each for each in others if (each.method, each.subgroup, each.seed) not in known]
-    found = run_cells(tested, options.work, options.processes)
+    found = cells.run_cells(tested, options.work, options.processes)
     found += [row for row in kept if row["method"] not in options.methods]
     order = [ORIGINAL, RETRAINED, *METHODS]
     found.sort(key=lambda row: (order.index(row["method"]), row["subgroup"], row["seed"]))
@@ -124,10 +113,10 @@ def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> t
 
 def write_results(found: Sequence[Row], tuned: str, output: Path) -> None:
     """Write the tables, and print the one for people with what was `tuned`."""
-    rows = summarise(found)
-    text = f"{as_table(rows)}\n{tuned}"
+    rows = table.summarise(found)
+    text = f"{table.as_table(rows)}\n{tuned}"
     write_csv(output / "evidence.csv", rows)
-    models = [{key: value for key, value in row.items() if key != TRACE} for row in found]
+    models = [{key: value for key, value in row.items() if key != cells.TRACE} for row in found]
     write_csv(output / MODELS, models)
     write_text(output / "evidence.md", text)
     print(text)
@@ -137,10 +126,10 @@ def other_cells(
     places: Sequence[str], seeds: int, attacks: tuple[str, ...], retrained: Mapping[str, str]
 ) -> list[Cell]:
     """Return the cells of models that no method made: the original, and the retrained ones."""
-    cells = [
+    originals = [
         Cell(ORIGINAL, "{}", place, seed, attacks) for place in places for seed in range(seeds)
     ]
-    return cells + [
+    return originals + [
         Cell(RETRAINED, "{}", place, seed, attacks, folder)
         for place, folder in retrained.items()
         if place in places
@@ -157,16 +146,16 @@ def method_cells(
     attacks: tuple[str, ...],
 ) -> list[Cell]:
     """Return the cells of all methods; those in the final have all seeds and the costly attacks."""
-    cheap = tuple(attack for attack in attacks if attack not in COSTLY)
-    cells = []
+    cheap = tuple(attack for attack in attacks if attack not in cells.COSTLY)
+    found = []
     for method in methods:
         is_finalist = method.title in in_final
         setting = final_setting(chosen, method.title)
         for place in places:
             for seed in range(seeds)[: method.most_seeds if is_finalist else 1]:
                 own = attacks if is_finalist else cheap
-                cells.append(Cell(method.title, setting, place, seed, own))
-    return cells
+                found.append(Cell(method.title, setting, place, seed, own))
+    return found
 
 
 def tune(
@@ -181,7 +170,7 @@ def tune(
         for setting in method.settings
         for subgroup in validation
     ]
-    return choose(run_cells(tried, work, processes))
+    return table.choose(cells.run_cells(tried, work, processes))
 
 
 def settings_table(chosen: Chosen, tuned_on: str) -> list[dict[str, Any]]:

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.protocols.detector import Detector
+from benchmarks.protocols.diffusion_models import Detector, TextToImage
 from benchmarks.protocols.protocol import EVALUATION, Reported
 from benchmarks.protocols.text_encoder import TextTower, load_text_tower
-from benchmarks.protocols.text_to_image import TextToImage
 from fasterase.engine.conditions import lock_run
 from fasterase.engine.model_state import best_device, resolve_device
 from fasterase.errors import InputError
@@ -340,7 +339,7 @@ def format_table(figures: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Strip(NamedTuple):
-    """A row of pictures."""
+    """A row of"""
 
     title: str  # stands above them
     pictures: Sequence[Image.Image]  # of any size; they are scaled to square thumbnails

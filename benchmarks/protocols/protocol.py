@@ -80,17 +80,10 @@ def run_protocol(
     only: Sequence[str] = (),
     max_pairs: int | None = 5000,
 ) -> str:
-    """Erase and measure each case, and return the table.
+    """Erase and measure each case, in a folder of its own, and return the table.
 
-    Each case has a folder in `output`. A case whose measurements are there is not run again, and an
-    interrupted erasure resumes.
-
-    Args:
-        model: a name or folder, as `fasterase.unlearn` takes it.
-        data, output: folders.
-        concept: what to erase instead of the protocol's own choice.
-        only: names of the cases to run; empty for all.
-        max_pairs: pairs measured of each set.
+    A case whose measurements are there is not run again, and an interrupted erasure resumes.
+    `concept` is erased instead of the protocol's own choice; `only` names the cases to run, if any.
     """
     cases = list(protocol.cases(data, concept))
     unknown = [name for name in only if name not in {case.name for case in cases}]

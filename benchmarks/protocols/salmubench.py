@@ -98,12 +98,10 @@ def run_salmubench(
 ) -> str:
     """Erase with each recipe, score it beside both models, and return the table.
 
-    Figures are written to `output`, each method's to a folder of its own with the erased
-    model. What is there is not run again, and an interrupted erasure resumes.
+    Each method has a folder in `output`, with the erased model and its figures. What is there is
+    not run again, and an interrupted erasure resumes.
 
     Args:
-        data: folder of the evaluation set.
-        model, clean: the compromised and the clean model, as `fasterase.unlearn` takes them.
         configs: name of a method -> its recipe.
         imagenet: folder of ImageNet's validation pictures; None leaves GenKnow out.
         max_pairs: pairs measured of each split; None: all. All are erased.

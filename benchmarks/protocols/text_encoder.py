@@ -68,11 +68,9 @@ class TextTower(NamedTuple):
 
 
 def load_text_tower(source: str) -> TextTower:
-    """Load a CLIP as `load_model` does, or a transformers `CLIPTextModel`, and read its tower.
+    """Load a CLIP as `load_model` does, or transformers' `CLIPTextModel`, and read its tower.
 
-    Args:
-        source: a name or folder; `"hf:org/name"` or a folder may also hold a `CLIPTextModel` or
-            `CLIPTextModelWithProjection`. Adapters are merged into the weights.
+    `"hf:org/name"` or a folder may also hold a `CLIPTextModelWithProjection`. Adapters are merged.
     """
     location, online = source.removeprefix("hf:"), source.startswith("hf:")
     if online or (Path(location).expanduser() / "config.json").is_file():
@@ -104,9 +102,7 @@ def build_text_encoder(tower: TextTower, like: Any, *, argument: str) -> Any:
     """Return a copy of the `CLIPTextModel` `like` with the weights of `tower`.
 
     If `like` has fewer blocks, the first ones of the tower are taken: Stable Diffusion 2 leaves out
-    the last one.
-
-    Its configuration, device and dtype stay. Errors name the `argument` of the tower.
+    the last one. Its configuration, device and dtype stay. Errors name the `argument` of the tower.
     """
     differences = [
         f"{title} {tower.config[field]} instead of {getattr(like.config, field)}"

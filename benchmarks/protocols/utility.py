@@ -46,12 +46,8 @@ def run_utility(
     """Score both models on each data set, and return the table; figures go to `output`.
 
     Args:
-        model, original: as in `fasterase.evaluate`.
         data: names in `DATA` -> folders.
         max_pairs: pictures of each data set; None: all.
-
-    Raises:
-        InputError: there is no data set, a folder does not hold it, or pictures cannot be read.
     """
     if not data:
         raise InputError(f"no data set: give one or more of --{', --'.join(DATA)}.")

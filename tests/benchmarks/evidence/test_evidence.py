@@ -182,7 +182,7 @@ def test_merging_runs_the_named_methods_alone(tmp_path, monkeypatch):
         rows = read_models(RESULTS / "evidence_models.csv")
         return [row | again for row in rows if place_of(row) in places]
 
-    monkeypatch.setattr(evidence, "run_cells", run)
+    monkeypatch.setattr(evidence.cells, "run_cells", run)
     settings = ["--settings", str(RESULTS / "evidence_settings.csv")]
     evidence.main(
         ["--methods", "fasterase", "LEACE", "--merge", "--output", str(tmp_path), *settings]
