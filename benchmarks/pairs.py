@@ -53,7 +53,14 @@ from PIL import Image
 
 from benchmarks.command import exit_with, new_parser
 from benchmarks.processes import call_in_process
-from benchmarks.result_files import RESULTS, code_version, device_name, read_csv, write_csv
+from benchmarks.result_files import (
+    RESULTS,
+    code_version,
+    device_name,
+    group_rows,
+    read_csv,
+    write_csv,
+)
 from fasterase.models.preprocessing import wrap_tokenizer, wrap_transform
 from fasterase.pairs.batches import sweep
 from fasterase.pairs.items import Record
@@ -345,29 +352,21 @@ def overlap_large(shards: list[str]) -> dict[str, Any]:
     return row | {"pairs": len(pairs), "found": len(removed)}
 
 
-Measurement = Callable[[list[str]], dict[str, Any]]
-_SMALL: dict[str, dict[str, Measurement]] = {
-    "index": {"fasterase": index_ours, "webdataset": index_theirs},
-    "open": {"fasterase": open_ours},
-    "split": {"fasterase": split_ours, "webdataset": split_theirs},
+Runs = dict[str, Callable[[list[str]], dict[str, Any]]]  # by implementation
+# Stage -> which shards, and what is run on them.
+STAGES: dict[str, tuple[str, Runs]] = {
+    "index": ("small", {"fasterase": index_ours, "webdataset": index_theirs}),
+    "open": ("small", {"fasterase": open_ours}),
+    "split": ("small", {"fasterase": split_ours, "webdataset": split_theirs}),
+    "decode": ("pictures", {"fasterase": decode_ours, "webdataset": decode_theirs}),
+    "step": ("pictures", {"fasterase": step_ours, "webdataset": step_theirs}),
+    "sweep": ("pictures", {"fasterase": sweep_ours, "webdataset": sweep_theirs}),
+    "draft": ("photos", {"whole": decode_photos, "draft": decode_drafts}),
+    "large open": ("large", {"fasterase": open_ours}),
+    "large draw": ("large", {"fasterase": draw_large}),
+    "large split": ("large", {"fasterase": split_ours}),
+    "large overlap": ("large", {"fasterase": overlap_large}),
 }
-_DECODED: dict[str, dict[str, Measurement]] = {
-    "decode": {"fasterase": decode_ours, "webdataset": decode_theirs},
-    "step": {"fasterase": step_ours, "webdataset": step_theirs},
-    "sweep": {"fasterase": sweep_ours, "webdataset": sweep_theirs},
-}
-_PHOTO: dict[str, dict[str, Measurement]] = {
-    "draft": {"whole": decode_photos, "draft": decode_drafts}
-}
-_LARGE: dict[str, dict[str, Measurement]] = {
-    "large open": {"fasterase": open_ours},
-    "large draw": {"fasterase": draw_large},
-    "large split": {"fasterase": split_ours},
-    "large overlap": {"fasterase": overlap_large},
-}
-
-
-_STAGES = [*_SMALL, *_DECODED, *_PHOTO, *_LARGE]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -378,35 +377,32 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def measure(
-    stages: Mapping[str, Mapping[str, Measurement]], shards: list[str], *, repeats: int
-) -> Iterator[dict[str, Any]]:
+def measure(stage: str, shards: list[str], *, repeats: int) -> Iterator[dict[str, Any]]:
     """Yield a row for each run of the implementations, in turn, in processes of their own."""
-    for stage, implementations in stages.items():
-        for _ in range(repeats):
-            for name, run in implementations.items():
-                figures = call_in_process(run, shards, seconds=_LIMIT_SECONDS, preload=_PRELOAD)
-                row = {"stage": stage, "implementation": name, **figures}
-                row["pairs_per_second"] = row["pairs"] / row["seconds"]
-                row["pairs_per_cpu_second"] = row["pairs"] / row["cpu_seconds"]
-                yield row
+    _, runs = STAGES[stage]
+    for _ in range(repeats):
+        for name, run in runs.items():
+            figures = call_in_process(run, shards, seconds=_LIMIT_SECONDS, preload=_PRELOAD)
+            row = {"stage": stage, "implementation": name, **figures}
+            row["pairs_per_second"] = row["pairs"] / row["seconds"]
+            row["pairs_per_cpu_second"] = row["pairs"] / row["cpu_seconds"]
+            yield row
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of medians, one line for each stage and implementation."""
     header = f"{'stage':14} {'implementation':14} {'pairs':>11} {'s':>8} {'pairs/s':>11}"
     lines = [f"{header} {'/s of CPU':>11} {'peak MiB':>9}  further"]
-    for key in dict.fromkeys((row["stage"], row["implementation"]) for row in rows):
-        same = [row for row in rows if (row["stage"], row["implementation"]) == key]
+    for (stage, name), same in group_rows(rows, "stage", "implementation").items():
         fields = ("pairs", "seconds", "pairs_per_second", "pairs_per_cpu_second", "peak_mib")
         pairs, seconds, rate, cpu_rate, peak = (
             statistics.median(row[each] for row in same) for each in fields
         )
-        line = f"{key[0]:14} {key[1]:14} {pairs:11,.0f} {seconds:8.3g} {rate:11,.0f}"
+        line = f"{stage:14} {name:14} {pairs:11,.0f} {seconds:8.3g} {rate:11,.0f}"
         line += f" {cpu_rate:11,.0f} {peak:9.1f}"
-        for name in ("step_ms", "difference"):
-            if name in same[0]:
-                line += f"  {name} {statistics.median(row[name] for row in same):.2f}"
+        for further in ("step_ms", "difference"):
+            if further in same[0]:
+                line += f"  {further} {statistics.median(row[further] for row in same):.2f}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -416,35 +412,30 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=200_000, help="pairs to index and to split")
     parser.add_argument("--large", type=int, default=12_000_000, help="pairs of the large index")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=_STAGES, help="measure these stages again")
+    parser.add_argument("--only", nargs="+", choices=STAGES, help="measure these stages again")
     parser.add_argument("--output", type=Path, default=RESULTS / "pairs.csv")
     arguments = parser.parse_args()
-    chosen = arguments.only or _STAGES
-    rows: list[dict[str, Any]] = []
-    if arguments.only:
-        rows = [row for row in read_rows(arguments.output) if row["stage"] not in chosen]
+    chosen = [stage for stage in STAGES if stage in (arguments.only or STAGES)]
+    known = read_rows(arguments.output) if arguments.only else []
+    rows = [row for row in known if row["stage"] not in chosen]
+    order = list(STAGES)
+    machine = {"version": code_version(), "device": device_name("cpu"), "cpus": os.cpu_count()}
     with tempfile.TemporaryDirectory(prefix="fasterase-pairs-") as temporary:
-        folders = {
-            name: Path(temporary) / name for name in ("small", "pictures", "photos", "large")
-        }
-        for folder in folders.values():
+        folders = [Path(temporary) / name for name in ("small", "pictures", "photos", "large")]
+        for folder in folders:
             folder.mkdir()
         count = -(-arguments.pairs // SHARD_PAIRS)
-        small = write_shards(folders["small"], shards=count, pairs=SHARD_PAIRS, side=64)
-        pictures = write_shards(folders["pictures"], shards=2, pairs=_PICTURES // 2, side=256)
-        photos = write_shards(folders["photos"], shards=1, pairs=_PHOTOS, side=512)
-        large = write_large(folders["large"], small[0], pairs=arguments.large)
-        machine = {"version": code_version(), "device": device_name("cpu"), "cpus": os.cpu_count()}
-        for every, shards in (
-            (_SMALL, small),
-            (_DECODED, pictures),
-            (_PHOTO, photos),
-            (_LARGE, large),
-        ):
-            stages = {stage: runs for stage, runs in every.items() if stage in chosen}
-            for row in measure(stages, shards, repeats=arguments.repeats):
+        small = write_shards(folders[0], shards=count, pairs=SHARD_PAIRS, side=64)
+        shards = {
+            "small": small,
+            "pictures": write_shards(folders[1], shards=2, pairs=_PICTURES // 2, side=256),
+            "photos": write_shards(folders[2], shards=1, pairs=_PHOTOS, side=512),
+            "large": write_large(folders[3], small[0], pairs=arguments.large),
+        }
+        for stage in chosen:
+            for row in measure(stage, shards[STAGES[stage][0]], repeats=arguments.repeats):
                 rows.append({**row, **machine})
-                write_csv(arguments.output, sorted(rows, key=lambda r: _STAGES.index(r["stage"])))
+                write_csv(arguments.output, sorted(rows, key=lambda r: order.index(r["stage"])))
     print(summarise(rows))
 
 

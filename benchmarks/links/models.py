@@ -21,8 +21,7 @@ from fasterase.demo import emoji
 from fasterase.files import replace_file, write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
-from tools.demo_assets.train import optimizer_for
-from tools.demo_assets.train_data import Pairs, augment, load_pairs
+from tools.demo_assets.train import Pairs, augment, load_pairs, optimizer_for
 
 COMPROMISED, CLEAN = "compromised", "clean"
 CONTEXT_LENGTH = 32  # the demo's 16 tokens are too few for a name and an address
