@@ -70,11 +70,15 @@ def _add_erasing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max_pairs", type=int, default=5000, help="pairs measured of each set")
 
 
-def _run_protocol(options: argparse.Namespace, output: Path) -> str:
+def _configs(options: argparse.Namespace, recipes: Sequence[str]) -> dict[str, UnlearnConfig]:
+    """Return the config of --config by the name of its file, or else those of recipes by theirs."""
     if options.config is not None:
-        config = UnlearnConfig.from_yaml(options.config)
-    else:
-        config = RECIPES[options.recipe]()
+        return {options.config.name: UnlearnConfig.from_yaml(options.config)}
+    return {name: RECIPES[name]() for name in recipes}
+
+
+def _run_protocol(options: argparse.Namespace, output: Path) -> str:
+    (config,) = _configs(options, [options.recipe]).values()
     return run_protocol(
         PROTOCOLS[options.protocol],
         options.model,
@@ -111,16 +115,12 @@ def _add_salmubench(command: argparse.ArgumentParser) -> None:
 
 
 def _run_salmubench(options: argparse.Namespace, output: Path) -> str:
-    if options.config is not None:
-        configs = {options.config.name: UnlearnConfig.from_yaml(options.config)}
-    else:
-        configs = {name: RECIPES[name]() for name in options.recipe}
     return run_salmubench(
         options.data,
         output,
         model=options.model,
         clean=options.clean,
-        configs=configs,
+        configs=_configs(options, options.recipe),
         imagenet=options.imagenet,
         max_pairs=options.max_pairs,
     )
