@@ -190,10 +190,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     row = {"kernel": launch.name, "case": launch.case, "target": target, "tile": launch.tile}
     row |= {"warps": compiled.metadata.num_warps, "stages": compiled.metadata.num_stages}
     row |= {"registers": registers, "stack_bytes": stack, "shared_bytes": compiled.metadata.shared}
-    row["wgmma"] = "wgmma" in compiled.asm.get("ptx", "")
-    for place, by_unit in counts._asdict().items():
-        row |= {f"{place}_{unit}": count for unit, count in by_unit.items()}
-    return row
+    return {**row, "wgmma": "wgmma" in compiled.asm.get("ptx", ""), **counts}
 
 
 def tool_path(name: str) -> str:
