@@ -128,7 +128,9 @@ def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> t
 def other_cells(options: argparse.Namespace, retrained: Mapping[str, str]) -> list[Cell]:
     """Return the cells of models that no method made: the original, and the retrained ones."""
     attacks, seeds = tuple(options.attacks), range(options.seeds)
-    made = [(ORIGINAL, place, None) for place in options.subgroups]
+    made: list[tuple[str, str, str | None]] = [
+        (ORIGINAL, place, None) for place in options.subgroups
+    ]
     made += [
         (RETRAINED, place, retrained[place]) for place in options.subgroups if place in retrained
     ]

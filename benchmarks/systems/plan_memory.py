@@ -36,7 +36,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ViT-S-16", {"activation_checkpointing": True}),
     ("ViT-S-16", {"tune": "last:3"}),
 ]
-SIZES = {"batch_size": RETAIN, "forget_batch_size": FORGET}
+SIZES: dict[str, Any] = {"batch_size": RETAIN, "forget_batch_size": FORGET}
 
 
 def measure_peak(model: str, settings: dict[str, Any]) -> int:
@@ -105,8 +105,8 @@ def main() -> None:
         measured = call_in_process(
             measure_peak, model, settings, seconds=3600, preload=["fasterase.api"]
         )
-        machine = {"device": "cpu", "gpu_memory": 1000}
-        plan = fasterase.plan(model, RETAIN, forget=FORGET, **machine, **SIZES, **settings)
+        here: dict[str, Any] = {"device": "cpu", "gpu_memory": 1000, **SIZES, **settings}
+        plan = fasterase.plan(model, RETAIN, forget=FORGET, **here)
         planned = plan.setup.peak_bytes
         named = " ".join(f"{name}={value}" for name, value in settings.items())
         row = {"model": model, "settings": named, "planned_mb": f"{planned / 1e6:.0f}"}
