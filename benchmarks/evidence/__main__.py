@@ -128,17 +128,11 @@ def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> t
 def other_cells(options: argparse.Namespace, retrained: Mapping[str, str]) -> list[Cell]:
     """Return the cells of models that no method made: the original, and the retrained ones."""
     attacks, seeds = tuple(options.attacks), range(options.seeds)
-    made: list[tuple[str, str, str | None]] = [
-        (ORIGINAL, place, None) for place in options.subgroups
-    ]
-    made += [
-        (RETRAINED, place, retrained[place]) for place in options.subgroups if place in retrained
-    ]
-    return [
-        Cell(name, "{}", place, seed, attacks, model)
-        for name, place, model in made
-        for seed in seeds
-    ]
+    found = [Cell(ORIGINAL, "{}", at, seed, attacks) for at in options.subgroups for seed in seeds]
+    for place, folder in retrained.items():
+        if place in options.subgroups:
+            found += [Cell(RETRAINED, "{}", place, seed, attacks, folder) for seed in seeds]
+    return found
 
 
 def method_cells(

@@ -187,13 +187,9 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
             for name in ("vgpr_count", "private_segment_fixed_size")
         )
         counts = count_amd(assembly)
-    row: dict[str, Any] = {
-        "kernel": launch.name,
-        "case": launch.case,
-        "target": target,
-        "tile": launch.tile,
-    }
-    row |= {"warps": compiled.metadata.num_warps, "stages": compiled.metadata.num_stages}
+    row: dict[str, Any] = {"kernel": launch.name, "case": launch.case, "target": target}
+    row |= {"tile": launch.tile, "warps": compiled.metadata.num_warps}
+    row["stages"] = compiled.metadata.num_stages
     row |= {"registers": registers, "stack_bytes": stack, "shared_bytes": compiled.metadata.shared}
     return {**row, "wgmma": "wgmma" in compiled.asm.get("ptx", ""), **counts}
 
