@@ -20,8 +20,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class Case:
             case = json.dumps({**asdict(self), "seeds": seeds})
             command = [sys.executable, "-m", "benchmarks.robustness", "--case", case]
             made = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-            write_text(file, made.stdout.decode())
             found = json.loads(made.stdout)
+            write_text(file, made.stdout.decode())
         return found[:seeds]
 
 
@@ -174,7 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     for concept in options.concepts:
         build_sets(concept, original=str(emoji.BASE_MODEL), seed=0)  # refuses an unknown one
-    options.work.mkdir(parents=True, exist_ok=True)
     cases = [
         Case(model, start, threads, None if instructions == OWN else instructions)
         for instructions in options.instructions
@@ -183,12 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for start in range(options.starts if model in kinds else 1)
     ]
     # More threads than cores wait for each other.
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max(1, options.processes // max(options.threads))) as pool:
-        pending = {pool.submit(case.run, options.seeds, options.work): case for case in cases}
-        for done in as_completed(pending):
-            done.result()
-            print(pending[done].name, flush=True)
-    rows = [row for case in cases for row in case.run(options.seeds, options.work)]
+        made = pool.map(Case.run, cases, repeat(options.seeds), repeat(options.work))
+        for case, those in zip(cases, made, strict=True):
+            rows += those
+            print(case.name, flush=True)
     write_csv(options.output / "robustness.csv", rows)
     wrong = faults(rows)
     print("\n".join([f"\n{table(rows)}", *wrong]))

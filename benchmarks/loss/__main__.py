@@ -125,10 +125,8 @@ def _is_done(provider: Provider, case: Case, mode: str, rows: list[Row | None]) 
         return True
     try:
         _prepare(provider, case, mode)
-    except UnavailableError:
-        return True
-    except Exception:
-        return False
+    except Exception as error:
+        return isinstance(error, UnavailableError)
     return False
 
 

@@ -176,15 +176,15 @@ def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
     forward = whole.get_total_flops()
     trained = forward
     if setting.tune != "all":
+        # Not below: a new split tries two empty pairs, up to the last frozen block.
+        given = (("image", pixels), ("text", tokens))
+        splits = [(SplitTower(encoder, tower, setting.tune), each) for tower, each in given]
         with FlopCounterMode(display=False) as upper:
-            for tower, given in (("image", pixels), ("text", tokens)):
-                split = SplitTower(encoder, tower, setting.tune)
+            for split, each in splits:
                 rows = torch.zeros(_BOUND_ROWS, split.width, device=encoder.device)
-                texts = given.index([0] * len(rows)) if isinstance(given, Tokens) else None
+                texts = each.index([0] * len(rows)) if isinstance(each, Tokens) else None
                 Halfway(split, rows, texts).finish()
-        # The splits have tried two empty pairs each, up to the last frozen block and without a
-        # graph; what they ran is not part of it.
-        trained = (upper.get_total_flops() - _probes(encoder, setting.tune)) // _BOUND_ROWS
+        trained = upper.get_total_flops() // _BOUND_ROWS
     drawn = ((setting.batch_size, len(sets.retain)), (setting.forget_batch_size, len(sets.forget)))
     pairs = sum(setting.steps * min(size, count) for size, count in drawn)
     distinct = sum(min(count, setting.steps * size) for size, count in drawn)
@@ -192,13 +192,6 @@ def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
     naive = pairs * (2 * forward + 2 * trained)
     own = pairs * 3 * trained + distinct * (forward - trained) + retained * trained
     return naive / own
-
-
-def _probes(encoder: DualEncoder, tune: str) -> int:
-    with FlopCounterMode(display=False) as counter:
-        for tower in ("image", "text"):
-            SplitTower(encoder, tower, tune)
-    return counter.get_total_flops()
 
 
 def _run_fasterase(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> list[float]:

@@ -251,7 +251,7 @@ def _counts(code: list[_Op], units: dict[str, str]) -> dict[str, int]:
     product = re.compile(units["tensor"])
     with_products = [loop for loop in loops if any(map(product.match, loop))]
     inner = min(with_products, key=len, default=[])
-    counts = {}
+    counts: dict[str, int] = {}
     for place, names in (("loop", inner), ("total", [op.name for op in code])):
         counts |= dict.fromkeys((f"{place}_{unit}" for unit in (*units, "other")), 0)
         for name in names:
