@@ -281,35 +281,28 @@ def run_command(
     Return its code, None if it was ended after so many seconds, and what it said. No process of its
     group outlives this call.
     """
-    said: list[bytes] = [f"\n$ {' '.join(command)}\n".encode()]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log.open("ab") as file,
-        subprocess.Popen(
+    with log.open("ab") as file, log.open("rb") as written:
+        file.write(f"\n$ {' '.join(command)}\n".encode())
+        file.flush()
+        began = written.seek(0, os.SEEK_END)
+        deadline, is_late = time.monotonic() + seconds, False
+        child = subprocess.Popen(
             command,
             cwd=ROOT,
-            stdout=subprocess.PIPE,
+            stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=_environment(command, context),
-        ) as child,
-    ):
-        file.write(said[0])
-        assert child.stdout is not None
-        os.set_blocking(child.stdout.fileno(), False)
-        deadline = time.monotonic() + seconds
-        is_late = False
+        )
         try:
             while True:
                 code = child.poll()
-                text = child.stdout.read() or b""
-                said.append(text)
-                file.write(text)
-                file.flush()
-                sys.stdout.write(text.decode(errors="replace"))
+                sys.stdout.write(written.read().decode(errors="replace"))
                 sys.stdout.flush()
                 if code is not None:
-                    return (None if is_late else code), b"".join(said).decode(errors="replace")
+                    written.seek(began)
+                    return (None if is_late else code), written.read().decode(errors="replace")
                 if time.monotonic() > deadline:
                     # Benchmarks have written all finished cells by then.
                     _kill_group(child)
@@ -317,6 +310,7 @@ def run_command(
                 time.sleep(0.1)
         finally:
             _kill_group(child)
+            child.wait()
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
