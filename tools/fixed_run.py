@@ -42,13 +42,7 @@ from tests.small_models import (
 )
 
 NAMES = ("apple", "house", "river", "cloud", "tiger", "chair", "bread", "stone")
-STEPS = {
-    "lr": 1e-3,
-    "max_steps": 4,
-    "batch_size": 12,
-    "forget_batch_size": 4,
-    "progress": False,
-}
+STEPS = {"lr": 1e-3, "max_steps": 4, "batch_size": 12, "forget_batch_size": 4, "progress": False}
 
 
 def _items(names: Sequence[str], count: int) -> list[tuple[Image.Image, list[str]]]:

@@ -25,14 +25,7 @@ from typing import Any
 from benchmarks.command import TEST, VALIDATION, comparison_parser, exit_with
 from benchmarks.evidence import cells, table
 from benchmarks.evidence.attacks import attacks_of
-from benchmarks.evidence.cells import (
-    METHODS,
-    ORIGINAL,
-    RETRAINED,
-    Cell,
-    as_text,
-    check_methods,
-)
+from benchmarks.evidence.cells import METHODS, ORIGINAL, RETRAINED, Cell, as_text, check_methods
 from benchmarks.evidence.table import ATTACKED, Chosen, describe_choice
 from benchmarks.evidence.task import Method
 from benchmarks.result_files import read_csv, write_csv

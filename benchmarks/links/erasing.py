@@ -64,10 +64,7 @@ ATTACKED = "attack"
 ATTACKS = {
     "swap": ("forget/original_images/contest_hit@1", "forget/original_texts/contest_hit@1"),
     "membership": ("forget/cosine/auc",),
-    "relearn": (
-        "forget/area/contest_hit@1",
-        "forget/made_up/area/contest_hit@1",
-    ),
+    "relearn": ("forget/area/contest_hit@1", "forget/made_up/area/contest_hit@1"),
 }
 AT_ONCE = 4096  # captions that are encoded together
 STRANGERS = 1000  # added to the seed of those whose facts nobody has

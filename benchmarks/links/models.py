@@ -95,11 +95,7 @@ def _train(model: DualEncoder, personas: Sequence[Persona], *, with_links: bool,
         for pixels, texts, labels in _batches(personas, captions, seed)
     )
     small_clips.train(
-        features,
-        optimizer_for(module),
-        model.logit_scale,
-        steps=STEPS,
-        learning_rate=LEARNING_RATE,
+        features, optimizer_for(module), model.logit_scale, steps=STEPS, learning_rate=LEARNING_RATE
     )
     module.eval()
 

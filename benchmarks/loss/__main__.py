@@ -247,12 +247,7 @@ def _prepare(provider: Provider, case: Case, mode: str) -> Loss:
 
 
 def _row(
-    case: Case,
-    provider: str,
-    mode: str,
-    metric: str,
-    values: Sequence[float] = (),
-    why: str = "",
+    case: Case, provider: str, mode: str, metric: str, values: Sequence[float] = (), why: str = ""
 ) -> Row:
     """Return a row with the quantiles of values; without any it says why."""
     extra: dict[str, Any] = {

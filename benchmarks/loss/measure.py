@@ -13,14 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.loss.case import (
-    Case,
-    Inputs,
-    exact_losses,
-    in_fp64,
-    make_inputs,
-    tiled_losses,
-)
+from benchmarks.loss.case import Case, Inputs, exact_losses, in_fp64, make_inputs, tiled_losses
 from benchmarks.loss.providers import PROVIDERS, Loss, Provider, UnavailableError
 from benchmarks.processes import MeasurementError, call_in_process, describe_error
 from fasterase.planner.count import PeakMemory, proc_bytes

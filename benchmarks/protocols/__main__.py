@@ -167,9 +167,7 @@ COMMANDS = {
         "utility.md",
     ),
     "salmubench": Command(
-        f"DATA is {SALMUBENCH_DATA}. --imagenet: {IMAGENET_DATA}.",
-        _add_salmubench,
-        _run_salmubench,
+        f"DATA is {SALMUBENCH_DATA}. --imagenet: {IMAGENET_DATA}.", _add_salmubench, _run_salmubench
     ),
 }
 

@@ -28,12 +28,7 @@ from fasterase.engine.model_state import best_device, resolve_device
 from fasterase.errors import InputError
 from fasterase.evaluation.metrics import bootstrap_intervals, format_value, wilson_interval
 from fasterase.evaluation.zero_shot import check_templates
-from fasterase.files import (
-    remove_leftovers,
-    replace_file,
-    replace_folder,
-    write_text,
-)
+from fasterase.files import remove_leftovers, replace_file, replace_folder, write_text
 from fasterase.progress import Progress
 from fasterase.report.lettering import Pen
 from fasterase.report.pictures import (

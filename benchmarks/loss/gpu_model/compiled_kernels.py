@@ -168,9 +168,7 @@ def build(launch: Launch, target: str) -> Any:
     else:
         gpu = GPUTarget("hip", target, 64)
     return triton.compile(
-        ASTSource(launch.kernel, *specialise(launch)),
-        target=gpu,
-        options=launch.options,
+        ASTSource(launch.kernel, *specialise(launch)), target=gpu, options=launch.options
     )
 
 

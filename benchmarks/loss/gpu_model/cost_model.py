@@ -262,11 +262,7 @@ def kernel_row(gpu: Gpu, kernel: Modelled, n: int, table: str = "kernel") -> dic
 
 def _rates(gpu: Gpu, flops: float, seconds: float) -> dict[str, float]:
     rate = flops / seconds
-    return {
-        "ms": seconds * 1e3,
-        "of_peak": rate / gpu.peak_flops,
-        "of_gemm": rate / gpu.gemm_flops,
-    }
+    return {"ms": seconds * 1e3, "of_peak": rate / gpu.peak_flops, "of_gemm": rate / gpu.gemm_flops}
 
 
 def step_row(
