@@ -39,15 +39,13 @@ def repetition(loss: Loss, inputs: Inputs, mode: str, device: str) -> Repetition
     def run() -> float:
         for leaf in inputs.leaves:
             leaf.grad = None
-        if mode == "no-grad-forward":
-            with torch.no_grad():
-                return clock(lambda: loss(inputs), device)
-        if mode == "forward":
-            return clock(lambda: loss(inputs), device)
         if mode == "backward":
             value = loss(inputs)
             return clock(value.backward, device)
-        return clock(lambda: loss(inputs).backward(), device)
+        if mode == "full":
+            return clock(lambda: loss(inputs).backward(), device)
+        with torch.set_grad_enabled(mode == "forward"):
+            return clock(lambda: loss(inputs), device)
 
     return run
 
