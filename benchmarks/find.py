@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -24,21 +23,22 @@ import numpy as np
 
 import fasterase
 from benchmarks.command import TEST, exit_with, new_parser
-from benchmarks.result_files import RESULTS, markdown_table, write_csv
+from benchmarks.result_files import RESULTS, group_table, write_csv
 from fasterase.demo import emoji
 from fasterase.finder.decisions import Decision
 from fasterase.finder.found import Found
 
 PRECISION = 0.95  # aimed at
 NEAREST = 0.1  # share of the corpus
+# Heading of the printed tables -> column.
 COLUMNS = {
     "precision": "precision",
     "recall": "recall",
-    "precision_known": "precision, known teams",
-    "recall_known": "recall, known teams",
-    "recall_unseen": "recall, unseen team",
-    "unsure": "unsure pairs",
-    "unsure_of_nearest": "unsure, of the nearest tenth",
+    "precision, known teams": "precision_known",
+    "recall, known teams": "recall_known",
+    "recall, unseen team": "recall_unseen",
+    "unsure pairs": "unsure",
+    "unsure, of the nearest tenth": "unsure_of_nearest",
 }
 
 
@@ -152,14 +152,11 @@ def share(counted: np.ndarray, among: np.ndarray) -> float:
 
 def means(rows: Sequence[dict[str, Any]], by: str) -> str:
     """Return a table of the means, a line for each value of the column `by`."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row[by]].append(row)
-    cells = [
-        [name, *(f"{fmean(row[column] for row in those):.2f}" for column in COLUMNS)]
-        for name, those in groups.items()
-    ]
-    return markdown_table([by, *COLUMNS.values()], cells)
+
+    def mean(those: list[dict[str, Any]], title: str) -> str:
+        return f"{fmean(row[COLUMNS[title]] for row in those):.2f}"
+
+    return group_table(rows, [by], [*COLUMNS], mean)
 
 
 def main() -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fasterase
 from fasterase.errors import InputError
 from fasterase.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -50,6 +54,16 @@ def write_csv(
     write_text(path, text.getvalue())
 
 
+def keep_json(path: Path, make: Callable[[], Any]) -> Any:
+    """Return what a JSON file holds; where there is none, it is written with what `make` returns.
+
+    What an earlier command measured is not measured again.
+    """
+    if not path.is_file():
+        write_text(path, json.dumps(make()))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def measure_once(
     path: Path, thing: Mapping[str, Any], device: str, measure: Callable[[], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
@@ -79,11 +93,44 @@ def forget_rows(path: Path, check: str) -> None:
         write_csv(path, [row for row in read_csv(path) if row["check"] != check])
 
 
+def group_rows(rows: Iterable[Row], *columns: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Return values of the columns -> the rows that have them, in the order of the first ones."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return groups
+
+
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
     """Format a Markdown table, of which the first `left` columns are words."""
     rule = "|" + "---|" * left + "---:|" * (len(columns) - left)
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def group_table(
+    rows: Iterable[Row],
+    by: Sequence[str],
+    columns: Sequence[str],
+    cell: Callable[[list[Row], str], str],
+) -> str:
+    """Format a Markdown table with a line for each group of rows that agree in the columns `by`.
+
+    `cell` says for the rows of a group, and one of the further `columns`, what is there.
+    """
+    lines = [
+        [*key, *(cell(those, column) for column in columns)]
+        for key, those in group_rows(rows, *by).items()
+    ]
+    return markdown_table([*by, *columns], lines, left=len(by))
+
+
+def sum_up(rows: Iterable[Mapping[str, Any]], column: str, form: str = ".1f") -> str:
+    """Return the mean of a column in percent, or how often each of its words occurs."""
+    values = [row[column] for row in rows]
+    if isinstance(values[0], str):
+        return count_words(values)
+    return f"{100 * statistics.fmean(values):{form}}"
 
 
 def count_words(words: Iterable[str]) -> str:

@@ -10,7 +10,6 @@ Weights and losses depend on the CPU, so the file is not for another machine.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
@@ -29,6 +28,7 @@ from PIL import Image
 from torch import nn
 
 import fasterase
+from benchmarks.command import new_parser
 from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import build_sets
@@ -42,13 +42,7 @@ from tests.small_models import (
 )
 
 NAMES = ("apple", "house", "river", "cloud", "tiger", "chair", "bread", "stone")
-STEPS = {
-    "lr": 1e-3,
-    "max_steps": 4,
-    "batch_size": 12,
-    "forget_batch_size": 4,
-    "progress": False,
-}
+STEPS = {"lr": 1e-3, "max_steps": 4, "batch_size": 12, "forget_batch_size": 4, "progress": False}
 
 
 def _items(names: Sequence[str], count: int) -> list[tuple[Image.Image, list[str]]]:
@@ -88,20 +82,13 @@ def _write_sources(folder: Path) -> dict[str, tuple[Any, Any]]:
             csv.writer(file).writerows([("filepath", "title"), *rows])
         lines = (json.dumps({"image": path, "caption": title}) for path, title in rows)
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    paths: dict[str, tuple[Any, Any]] = {
-        form: (
-            str(folder / pattern.format("forget")),
-            str(folder / pattern.format("retain")),
-        )
-        for form, pattern in {
-            "csv": "{}.csv",
-            "jsonl": "{}.jsonl",
-            "tar": "{}.tar",
-            "captioned": "{}/captioned",
-            "classes": "{}/classes",
-        }.items()
+    patterns = {"csv": "{}.csv", "jsonl": "{}.jsonl", "tar": "{}.tar"}
+    patterns |= {"captioned": "{}/captioned", "classes": "{}/classes"}
+    found: dict[str, tuple[Any, Any]] = {
+        form: (str(folder / pattern.format("forget")), str(folder / pattern.format("retain")))
+        for form, pattern in patterns.items()
     }
-    return {**paths, "objects": (sets["forget"], sets["retain"])}
+    return {**found, "objects": (sets["forget"], sets["retain"])}
 
 
 def _vit() -> nn.Module:
@@ -160,9 +147,7 @@ def digests() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Save the digests, or compare them with saved ones; return 1 where one differs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--save", type=Path)
     action.add_argument("--check", type=Path)

@@ -8,9 +8,9 @@ Takes the erased model from the output folder of the default demo.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from benchmarks.command import new_parser
 from fasterase.demo import emoji
 from fasterase.demo.run import rank_names
 from fasterase.demo.sets import Drawings, build_sets
@@ -48,9 +48,7 @@ def _first_drawings(pairs: Drawings, concepts: tuple[str, ...]) -> list[int]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw the picture and print its path."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo-food-fruit"))
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)

@@ -8,22 +8,20 @@ erasure of it ends with. `python -m benchmarks.robustness` tests that.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.command import new_parser
 from fasterase.files import replace_file
 from tests import digits
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a model of each kind."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, default=digits.WEIGHTS)
     options = parser.parse_args(arguments)
     trained, _ = digits.Digits.load()

@@ -11,7 +11,6 @@ of known words, and the most frequent countable nouns that are seldom another pa
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from open_clip import IMAGENET_CLASSNAMES
 
+from benchmarks.command import new_parser
 from fasterase.files import write_text
 
 WORD = re.compile(r"[a-z]+(?:['-][a-z]+)*")
@@ -34,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import lemminflect
     import wordfreq
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("fasterase/word_lists"))
     output = parser.parse_args(arguments).output
     known = wordfreq.get_frequency_dict("en", wordlist="small")

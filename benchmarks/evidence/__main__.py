@@ -23,27 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import TEST, VALIDATION, comparison_parser, exit_with
+from benchmarks.evidence import cells, table
 from benchmarks.evidence.attacks import attacks_of
-from benchmarks.evidence.cells import (
-    COSTLY,
-    METHODS,
-    ORIGINAL,
-    RETRAINED,
-    Cell,
-    Measured,
-    as_text,
-    check_methods,
-    run_cells,
-)
-from benchmarks.evidence.rows import flatten, read_models
-from benchmarks.evidence.table import (
-    ATTACKED,
-    as_table,
-    by_place,
-    choose,
-    describe_choice,
-    summarise,
-)
+from benchmarks.evidence.cells import METHODS, ORIGINAL, RETRAINED, Cell, as_text, check_methods
+from benchmarks.evidence.table import ATTACKED, Chosen, describe_choice
 from benchmarks.evidence.task import Method
 from benchmarks.result_files import read_csv, write_csv
 from fasterase.demo import emoji
@@ -53,7 +36,6 @@ from fasterase.option_values import parse_named
 
 SETTINGS, MODELS = "evidence_settings.csv", "evidence_models.csv"
 RETRAINED_HELP = "further models trained without a subgroup (tools.demo_assets.train)"
-Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the validation concepts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,25 +50,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--retrained", nargs="*", default=[], metavar="SUBGROUP=FOLDER", help=RETRAINED_HELP)
     options = parser.parse_args(argv)
     methods = check_methods(options.methods)
-    attacks = tuple(options.attacks)
     retrained = parse_retrained(options.retrained)
 
-    kept = read_models(options.output / MODELS) if options.merge else []
-    check_methods({each.method for each in kept} - {ORIGINAL, RETRAINED})
+    kept = cells.read_models(options.output / MODELS) if options.merge else []
+    check_methods({row["method"] for row in kept} - {ORIGINAL, RETRAINED})
     chosen, tuned_on = choose_settings(methods, options)
     print(describe_choice(chosen), flush=True)
 
     in_final = finalists(methods, chosen, options.finalists)
     print(f"Finalists: {', '.join(in_final)}", flush=True)
-    tested = method_cells(methods, chosen, in_final, options.subgroups, options.seeds, attacks)
-    known = {(each.method, each.subgroup, each.seed) for each in kept}
-    others = other_cells(options.subgroups, options.seeds, attacks, retrained)
+    tested = method_cells(methods, chosen, in_final, options)
+    known = set(map(cells.place_of, kept))
+    others = other_cells(options, retrained)
     tested += [each for each in others if (each.method, each.subgroup, each.seed) not in known]
-    found = run_cells(tested, options.work, options.processes)
-    found += [each for each in kept if each.method not in options.methods]
+    found = cells.run_cells(tested, options.work, options.processes)
+    found += [row for row in kept if row["method"] not in options.methods]
     order = [ORIGINAL, RETRAINED, *METHODS]
-    found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
-    write_results(found, f"Tuned on {tuned_on}:\n\n{describe_choice(chosen)}\n", options.output)
+    found.sort(key=lambda row: (order.index(row["method"]), row["subgroup"], row["seed"]))
+
+    rows = table.summarise(found)
+    text = f"{table.as_table(rows)}\nTuned on {tuned_on}:\n\n{describe_choice(chosen)}\n"
+    write_csv(options.output / "evidence.csv", rows)
+    models = [{key: value for key, value in row.items() if key != cells.TRACE} for row in found]
+    write_csv(options.output / MODELS, models)
+    write_text(options.output / "evidence.md", text)
+    print(text)
 
 
 def parse_retrained(entries: list[str]) -> dict[str, str]:
@@ -109,7 +97,16 @@ def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> t
     if options.settings is not None:
         chosen, tuned_on = read_settings(options.settings, methods)
     else:
-        chosen = tune(methods, options.validation, options.work, options.processes)
+        # Try all settings of the methods on the validation concepts.
+        tried = [Cell(ORIGINAL, "{}", subgroup, 0) for subgroup in options.validation]
+        tried += [
+            Cell(method.title, as_text(setting), subgroup, 0)
+            for method in methods
+            if len(method.settings) > 1
+            for setting in method.settings
+            for subgroup in options.validation
+        ]
+        chosen = table.choose(cells.run_cells(tried, options.work, options.processes))
         tuned_on = " and ".join(options.validation)
     if options.merge:
         earlier_titles = [row["method"] for row in read_csv(file)]
@@ -121,66 +118,34 @@ def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> t
     return chosen, tuned_on
 
 
-def write_results(found: Sequence[Measured], tuned: str, output: Path) -> None:
-    """Write the tables, and print the one for people with what was `tuned`."""
-    rows = summarise(found, by_place(found))
-    text = f"{as_table(rows)}\n{tuned}"
-    write_csv(output / "evidence.csv", rows)
-    write_csv(output / MODELS, [flatten(each) for each in found])
-    write_text(output / "evidence.md", text)
-    print(text)
-
-
-def other_cells(
-    places: Sequence[str], seeds: int, attacks: tuple[str, ...], retrained: Mapping[str, str]
-) -> list[Cell]:
+def other_cells(options: argparse.Namespace, retrained: Mapping[str, str]) -> list[Cell]:
     """Return the cells of models that no method made: the original, and the retrained ones."""
-    cells = [
-        Cell(ORIGINAL, "{}", place, seed, attacks) for place in places for seed in range(seeds)
-    ]
-    return cells + [
-        Cell(RETRAINED, "{}", place, seed, attacks, folder)
-        for place, folder in retrained.items()
-        if place in places
-        for seed in range(seeds)
-    ]
+    attacks, seeds = tuple(options.attacks), range(options.seeds)
+    found = [Cell(ORIGINAL, "{}", at, seed, attacks) for at in options.subgroups for seed in seeds]
+    for place, folder in retrained.items():
+        if place in options.subgroups:
+            found += [Cell(RETRAINED, "{}", place, seed, attacks, folder) for seed in seeds]
+    return found
 
 
 def method_cells(
-    methods: Sequence[Method],
-    chosen: Chosen,
-    in_final: Sequence[str],
-    places: Sequence[str],
-    seeds: int,
-    attacks: tuple[str, ...],
+    methods: Sequence[Method], chosen: Chosen, in_final: Sequence[str], options: argparse.Namespace
 ) -> list[Cell]:
     """Return the cells of all methods; those in the final have all seeds and the costly attacks."""
-    cheap = tuple(attack for attack in attacks if attack not in COSTLY)
-    cells = []
+    attacks = tuple(options.attacks)
+    cheap = tuple(attack for attack in attacks if attack not in cells.COSTLY)
+    found = []
     for method in methods:
         is_finalist = method.title in in_final
+        seeds = range(options.seeds)[: method.most_seeds if is_finalist else 1]
         setting = final_setting(chosen, method.title)
-        for place in places:
-            for seed in range(seeds)[: method.most_seeds if is_finalist else 1]:
-                own = attacks if is_finalist else cheap
-                cells.append(Cell(method.title, setting, place, seed, own))
-    return cells
-
-
-def tune(
-    methods: Sequence[Method], validation: Sequence[str], work: Path, processes: int
-) -> Chosen:
-    """Try all settings of the methods on the validation concepts and choose."""
-    tried = [Cell(ORIGINAL, "{}", subgroup, 0) for subgroup in validation]
-    tried += [
-        Cell(method.title, as_text(setting), subgroup, 0)
-        for method in methods
-        if len(method.settings) > 1
-        for setting in method.settings
-        for subgroup in validation
-    ]
-    validated = run_cells(tried, work, processes)
-    return choose(validated, by_place(validated))
+        own = attacks if is_finalist else cheap
+        found += [
+            Cell(method.title, setting, place, seed, own)
+            for place in options.subgroups
+            for seed in seeds
+        ]
+    return found
 
 
 def settings_table(chosen: Chosen, tuned_on: str) -> list[dict[str, Any]]:

@@ -6,23 +6,21 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import closed_form, salient, trained
-from benchmarks.evidence.task import Method, Setting, Task
+from benchmarks.evidence.task import FORGET_SETS, HIT, RECALL, Method, Setting, Task
 from benchmarks.processes import call_all
+from benchmarks.result_files import keep_json, read_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets
 from fasterase.demo.sets import DemoSets, build_sets
 from fasterase.errors import InputError
-from fasterase.evaluation.findings import Findings
-from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
-from fasterase.report.evaluation import Evaluation
 
 METHODS: dict[str, Method] = {
     method.title: method for method in (*trained.METHODS, *salient.METHODS, *closed_form.METHODS)
@@ -31,30 +29,18 @@ METHODS: dict[str, Method] = {
 ORIGINAL, RETRAINED = "original", "retrained"
 # Attacks that train. The original undergoes them in cells of its own, not beside every model.
 COSTLY = ("relearn",)
+# In no file: how much of the forgotten sets is named correctly, beyond chance.
+TRACE = "trace"
 
-
-@dataclass(frozen=True)
-class Measured:
-    """A model after an erasure."""
-
-    method: str  # title of the method, or `ORIGINAL` or `RETRAINED`
-    setting: str  # as JSON, with the `steps` at which this model was measured
-    subgroup: str  # what was erased
-    seed: int  # of the run
-    scores: dict[str, dict[str, float]]  # set -> metric -> value
-    chance: dict[str, dict[str, float]]  # set -> metric -> value of a random order
-    verdicts: dict[str, str]  # set to forget -> verdict
-    residues: dict[str, float]  # set to forget -> mean residue
-    # attack -> figure -> value
-    attacks: dict[str, dict[str, float | str]] = field(default_factory=dict)
-    seconds: float = 0.0  # from the start of the erasure, measurements included
+# A model after an erasure, as in evidence_models.csv; further columns are of attacks.
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Cell:
     """One erasure: a method, its setting as JSON, a subgroup, a seed, and the attacks to follow."""
 
-    method: str
+    method: str  # a title of `METHODS`, or `ORIGINAL` or `RETRAINED`
     setting: str
     subgroup: str
     seed: int
@@ -75,49 +61,46 @@ def as_text(setting: Setting) -> str:
     return json.dumps(setting, sort_keys=True)
 
 
-def run_cell(cell: Cell, work: Path) -> list[Measured]:
-    """Carry out a cell and measure its model, or read what an earlier command measured."""
-    path = work / cell.file_name
-    if path.is_file():
-        return [Measured(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+def place_of(row: Row) -> tuple[str, str, int]:
+    return row["method"], row["subgroup"], row["seed"]
+
+
+def run_cells(cells: Iterable[Cell], work: Path, processes: int) -> list[Row]:
+    """Carry out cells in parallel, each with one thread, and print each as it ends."""
+    done = call_all(run_cell, cells, work, processes=processes, describe=lambda cell: cell.title)
+    rows = [row for those in done.values() for row in those]
+    return sorted(rows, key=lambda row: (*place_of(row), row["setting"]))
+
+
+def run_cell(cell: Cell, work: Path) -> list[Row]:
+    """Return a row per model of a cell, measured now or by an earlier command."""
+    kept = keep_json(work / cell.file_name, lambda: _measure_cell(cell))
+    return [flatten(each) for each in kept]
+
+
+def _measure_cell(cell: Cell) -> list[dict[str, Any]]:
+    """Carry out a cell; return what was measured wherever its method asked for it."""
     sets = build_sets(cell.subgroup, original=str(emoji.BASE_MODEL), seed=cell.seed)
     model = load_model(cell.model or str(emoji.BASE_MODEL))
     setting: dict[str, Any] = json.loads(cell.setting)
-    found: list[Measured] = []
+    found: list[dict[str, Any]] = []
     start = time.perf_counter()
 
     def measure(steps: int) -> None:
-        evaluation, attacks = _evaluate(model, sets, cell)
-        residues = {name: evaluation.mean_residue(name) for name in ("forget", "forget-unseen")}
-        found.append(
-            Measured(
-                cell.method,
-                as_text({**setting, "steps": steps} if "steps" in setting else setting),
-                cell.subgroup,
-                cell.seed,
-                scores=evaluation.scores,
-                chance=evaluation.chance,
-                verdicts=evaluation.set_verdicts["model"],
-                residues={name: value for name, value in residues.items() if value is not None},
-                attacks={
-                    attack: {figure.key: figure.value for figure in figures.values()}
-                    for attack, figures in attacks.items()
-                },
-                seconds=time.perf_counter() - start,
-            )
-        )
+        here = {**setting, "steps": steps} if "steps" in setting else setting
+        names = {"method": cell.method, "setting": as_text(here), "subgroup": cell.subgroup}
+        figures = _evaluate(model, sets, cell)
+        seconds = time.perf_counter() - start  # measurements included
+        found.append({**names, "seed": cell.seed, **figures, "seconds": seconds})
 
     if cell.method in (ORIGINAL, RETRAINED):
         measure(0)
     else:
         METHODS[cell.method].erase(Task(model, sets, cell.seed, measure), setting)
-    write_text(path, json.dumps([asdict(each) for each in found]))
     return found
 
 
-def _evaluate(
-    model: DualEncoder, sets: DemoSets, cell: Cell
-) -> tuple[Evaluation, dict[str, Findings]]:
+def _evaluate(model: DualEncoder, sets: DemoSets, cell: Cell) -> dict[str, Any]:
     """Measure a model, with what the attacks find; costly ones are not run on the original too."""
     options: dict[str, Any] = {"seed": cell.seed, "progress": False}
     costly = tuple(attack for attack in cell.attacks if attack in COSTLY)
@@ -129,14 +112,45 @@ def _evaluate(
         attacks = dict(evaluation.attacks)
         if costly:
             attacks |= evaluate_sets(model, sets, attacks=costly, **options).attacks
-    return evaluation, attacks
+    residues = {name: evaluation.mean_residue(name) for name in FORGET_SETS}
+    return {
+        "scores": evaluation.scores,  # set -> metric -> value
+        "chance": evaluation.chance,  # set -> metric -> value of a random order
+        "verdicts": evaluation.set_verdicts["model"],  # set to forget -> verdict
+        "residues": {name: value for name, value in residues.items() if value is not None},
+        "attacks": {
+            attack: {figure.key: figure.value for figure in figures.values()}
+            for attack, figures in attacks.items()
+        },
+    }
 
 
-def run_cells(cells: Iterable[Cell], work: Path, processes: int) -> list[Measured]:
-    """Carry out cells in parallel, each with one thread, and print each as it ends."""
-    done = call_all(run_cell, cells, work, processes=processes, describe=lambda cell: cell.title)
-    found = [measured for those in done.values() for measured in those]
-    return sorted(found, key=lambda each: (each.method, each.subgroup, each.seed, each.setting))
+def flatten(measured: Mapping[str, Any]) -> Row:
+    """Return the row of a measured model."""
+    row = {key: measured[key] for key in ("method", "setting", "subgroup", "seed", "seconds")}
+    scores, chance = measured["scores"], measured["chance"]
+    for name, values in scores.items():
+        row |= {f"{name} {metric}": values[metric] for metric in (HIT, RECALL) if metric in values}
+    for name, verdict in measured["verdicts"].items():
+        row |= {f"{name} verdict": verdict, f"{name} residue": measured["residues"].get(name)}
+    for attack, figures in measured["attacks"].items():
+        row |= {f"{attack} {key}": value for key, value in figures.items()}
+    row[TRACE] = sum(max(scores[name][HIT] - chance[name][HIT], 0.0) for name in FORGET_SETS)
+    return row
+
+
+def read_models(file: Path) -> list[Row]:
+    """Return the rows of a file of models, their figures as numbers."""
+    return [{key: _read(value) for key, value in row.items() if value} for row in read_csv(file)]
+
+
+def _read(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def check_methods(titles: Iterable[str]) -> list[Method]:

@@ -13,7 +13,6 @@ means.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,10 +25,12 @@ from open_clip.model import CLIP
 from PIL import Image
 
 import fasterase
+from benchmarks import small_clips
 from benchmarks.command import comparison_parser, exit_with
 from benchmarks.evidence.attacks import RELEARNED, SWAPPED, attacks_of
+from benchmarks.evidence.task import FORGET_SETS, keep_evaluation
 from benchmarks.processes import call_all
-from benchmarks.result_files import count_words, markdown_table, write_csv
+from benchmarks.result_files import group_table, sum_up, write_csv
 from fasterase.demo.run import recipe_config
 from fasterase.errors import import_extra
 from fasterase.files import check_writable, replace_file
@@ -39,7 +40,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 WORDINGS = ("a handwritten {}", "the digit {}", "{} written by hand", "the number {}")
 MODELS = ("original", "retrained", "erased", "erased, thorough")
 
-STEPS, WARM_UP, BATCH, LEARNING_RATE = 300, 20, 256, 1e-3
+STEPS, BATCH, LEARNING_RATE = 300, 256, 1e-3
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 16
 VISION = {"image_size": IMAGE_SIZE, "patch_size": 8, "layers": 4, "width": 64, "head_width": 16}
 TEXT = {"context_length": CONTEXT_LENGTH, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
@@ -105,34 +106,31 @@ def _train(model: CLIP, pairs: Sequence[Pair], *, seed: int) -> None:
     _, numbers = np.unique([pair["text"][0] for pair in pairs], return_inverse=True)
     labels = torch.from_numpy(numbers)
     generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[small_clips.Features]:
+        for _ in range(STEPS):
+            rows = torch.randperm(len(pairs), generator=generator)[:BATCH]
+            wording = torch.randint(len(WORDINGS), rows.shape, generator=generator)
+            image = model.encode_image(pixels[rows], normalize=True)
+            text = model.encode_text(tokens[rows, wording], normalize=True)
+            yield image, text, model.logit_scale.exp(), labels[rows]
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     model.train()
-    for step in range(STEPS):
-        rate = 0.5 * (1 + math.cos(math.pi * step / STEPS)) * min(1.0, (step + 1) / WARM_UP)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate
-        rows = torch.randperm(len(pairs), generator=generator)[:BATCH]
-        wording = torch.randint(len(WORDINGS), rows.shape, generator=generator)
-        found = fasterase.contrastive(
-            model.encode_image(pixels[rows], normalize=True),
-            model.encode_text(tokens[rows, wording], normalize=True),
-            model.logit_scale.exp(),
-            labels=labels[rows],
-        )
-        optimizer.zero_grad(set_to_none=True)
-        (found.ce_row.mean() + found.ce_col.mean()).div(2).backward()
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(100.0))
+    small_clips.train(
+        batches(), optimizer, model.logit_scale, steps=STEPS, learning_rate=LEARNING_RATE
+    )
     model.eval()
 
 
 def run(place: tuple[int, int], work: Path) -> Evaluation:
     """Erase a digit twice and measure the four models, or read what an earlier command measured."""
     digit, seed = place
-    measured = work / f"{DIGITS[digit]}_seed{seed}.json"
-    if measured.is_file():
-        return Evaluation.from_json(measured)
+    file = work / f"{DIGITS[digit]}_seed{seed}.json"
+    return keep_evaluation(file, lambda: _erase(digit, seed, work))
+
+
+def _erase(digit: int, seed: int, work: Path) -> Evaluation:
     scans, others = Scans(), [each for each in range(len(DIGITS)) if each != digit]
     forget, retain = scans.trained([digit]), scans.trained(others)
     original, erased, thorough = (
@@ -144,7 +142,7 @@ def run(place: tuple[int, int], work: Path) -> Evaluation:
         for model in (erased, thorough):
             asked = config.replace(thorough=model is thorough)
             fasterase.unlearn(model, forget, retain, config=asked, **companions())
-        evaluation = fasterase.evaluate(
+        return fasterase.evaluate(
             erased,
             forget,
             retain,
@@ -162,8 +160,6 @@ def run(place: tuple[int, int], work: Path) -> Evaluation:
             progress=False,
             **companions(),
         )
-    evaluation.to_json(measured)
-    return evaluation
 
 
 def rows_of(digit: str, seed: int, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -173,7 +169,7 @@ def rows_of(digit: str, seed: int, evaluation: Evaluation) -> Iterator[dict[str,
     for model in MODELS:
         verdicts = evaluation.set_verdicts["model" if model == "erased" else model]
         row: dict[str, Any] = {"digit": digit, "seed": seed, "model": model}
-        for name in ("forget", "forget-unseen"):
+        for name in FORGET_SETS:
             row[f"{name} accuracy"] = scores[model][name]["zero_shot_accuracy"]
             row[f"{name} residue"] = evaluation.mean_residue(name, scores[model])
             row[f"{name} verdict"] = verdicts[name]
@@ -188,17 +184,7 @@ def rows_of(digit: str, seed: int, evaluation: Evaluation) -> Iterator[dict[str,
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the means of each model over digits and seeds as Markdown, in percent."""
     figures = [name for name in rows[0] if name not in ("digit", "seed", "model")]
-    lines = []
-    for model in MODELS:
-        those = [row for row in rows if row["model"] == model]
-        lines.append([model, *(_cell([row[figure] for row in those]) for figure in figures)])
-    return markdown_table(["", *figures], lines)
-
-
-def _cell(values: Sequence[Any]) -> str:
-    if isinstance(values[0], str):
-        return count_words(values)
-    return f"{100 * np.mean(values):.1f}"
+    return group_table(rows, ["model"], figures, sum_up)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

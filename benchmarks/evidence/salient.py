@@ -57,8 +57,7 @@ def erase_one_layer(task: Task, setting: Setting) -> None:
     Of the layers of a `tower`, those on the Pareto front of much importance (norm of the gradient
     over that of the weights) and little alignment (|cosine| with the gradient of CLIP's loss on
     retain pairs) are searched for the smallest step that leaves no forget drawing with its name
-    nearest. Of these the one is taken that keeps the most, less what it
-    still knows.
+    nearest. Of these the one is taken that keeps the most, less what it still knows.
     """
     forget, retain = trained_pairs(task.sets, "fasterase")
     uphill = gradients(task, forget, mean_distance, rounds=ROUNDS)
@@ -139,8 +138,7 @@ def naming(task: Task) -> Callable[[], tuple[float, float]]:
 def relabel_salient(task: Task, setting: Setting) -> None:
     """SalUn: teach forget pictures other things' captions, drawn anew in each step, beside retain.
 
-    Only the `share` of the weights with the largest gradient of CLIP's loss on forget pairs
-    changes.
+    Only the `share` of the weights with the largest gradient of the forget pairs' loss changes.
     """
     forget, retain = trained_pairs(task.sets, "fasterase")
     masks = salient(gradients(task, forget, clip_loss, rounds=ROUNDS), setting["share"])

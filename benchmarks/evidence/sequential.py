@@ -18,18 +18,17 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import fasterase
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.evidence.task import KEEP_SETS
+from benchmarks.evidence.task import KEEP_SETS, RECALL, keep_evaluation
 from benchmarks.processes import call_all
-from benchmarks.result_files import markdown_table, write_csv
+from benchmarks.result_files import group_rows, group_table, sum_up, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import DemoSets, Drawings, build_sets, open_teams
@@ -37,7 +36,7 @@ from fasterase.models.load import load_model
 from fasterase.provenance import read_record
 from fasterase.report.evaluation import Evaluation
 
-HIT, RECALL = "contest_hit@1", "image_to_text_recall@1"
+HIT = "contest_hit@1"
 RESIDUES = {
     "image->text residue": "image_to_text_residue",
     "text->image residue": "text_to_image_residue",
@@ -68,6 +67,11 @@ class State:
         """What was erased, in words."""
         steps = ", then ".join(" + ".join(step) for step in self.erased) or "nothing"
         return steps + (", as a mapping" if self.is_mapping else "")
+
+    @property
+    def gone(self) -> set[str]:
+        """The subgroups that were erased."""
+        return {subgroup for step in self.erased for subgroup in step}
 
 
 @dataclass(frozen=True)
@@ -141,25 +145,27 @@ def erase(
     result.save(folder)
 
 
-def run(state: State, subgroups: Sequence[str], work: Path) -> None:
+def run(state: State, subgroups: Sequence[str], work: Path) -> Evaluation:
     """Make a model from its parent's and measure it, unless an earlier command did."""
-    model, measured = model_of(state, work), evaluation_of(state, work)
-    if measured.is_file():
-        return
-    concepts = build_concepts(subgroups, state.seed)
+    return keep_evaluation(
+        work / state.name / "evaluation.json", lambda: _make(state, subgroups, work)
+    )
+
+
+def _make(state: State, subgroups: Sequence[str], work: Path) -> Evaluation:
+    model, concepts = model_of(state, work), build_concepts(subgroups, state.seed)
     if state.erased and read_record(model) is None:
-        erased = {subgroup for step in state.erased for subgroup in step}
         last = state.erased[-1]
         erase(
             model_of(State(state.erased[:-1], state.seed), work),
             {each: concepts.forget([each]) for each in last}
             if state.is_mapping
             else concepts.forget(last),
-            concepts.retain(erased),
+            concepts.retain(state.gone),
             seed=state.seed,
             folder=model,
         )
-    measure(model, concepts, seed=state.seed).to_json(measured)
+    return measure(model, concepts, seed=state.seed)
 
 
 def measure(model: str | Path, concepts: Concepts, *, seed: int) -> Evaluation:
@@ -184,24 +190,6 @@ def model_of(state: State, work: Path) -> Path:
     return work / state.name / "model" if state.erased else emoji.BASE_MODEL
 
 
-def evaluation_of(state: State, work: Path) -> Path:
-    """Return the file of a model's evaluation."""
-    return work / state.name / "evaluation.json"
-
-
-def run_all(states: Iterable[State], subgroups: Sequence[str], work: Path, processes: int) -> None:
-    """Make all models, those that wait for no other at the same time, each with one thread."""
-    by_depth: dict[int, list[State]] = {}
-    for state in states:
-        by_depth.setdefault(len(state.erased), []).append(state)
-    for depth in sorted(by_depth):
-        call_all(
-            *(run, by_depth[depth], subgroups, work),
-            processes=processes,
-            describe=lambda state: f"seed {state.seed}, erased: {state.title}",
-        )
-
-
 @torch.no_grad()
 def crowding(model: Path, names: Sequence[str]) -> float:
     """Return the mean cosine of the captions of different concepts with each other."""
@@ -222,14 +210,13 @@ def rows_of(
 
     `steps` are those of the last erasure; `crowded` maps subgroups to `crowding` of their captions.
     """
-    gone = {subgroup for step in state.erased for subgroup in step}
     here: dict[str, Any] = {"seed": state.seed, "erased": state.title, "steps": steps}
     rows = []
     for name, verdict in evaluation.set_verdicts["model"].items():
         if name == "forget":  # all subgroups in one, which have rows of their own
             continue
         scores, subgroup = evaluation.scores[name], name.removesuffix(UNSEEN)
-        row = {**here, "set": name, "wanted": "forget" if subgroup in gone else "keep"}
+        row = {**here, "set": name, "wanted": "forget" if subgroup in state.gone else "keep"}
         row |= {"verdict": verdict, "hit@1": scores[HIT], "chance": evaluation.chance[name][HIT]}
         row["residue"] = evaluation.mean_residue(name)
         row |= {direction: scores[key] for direction, key in RESIDUES.items()}
@@ -246,34 +233,27 @@ def sum_singles(
     rows: Iterable[Mapping[str, Any]], subgroups: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return the rows of a model in which the damage of the single erasures would add up."""
-    sums: dict[tuple[int, str], float] = {}
-    for row in rows:
-        if row["erased"] in subgroups and row["set"] in KEEP_SETS:
-            place = row["seed"], row["set"]
-            sums[place] = sums.get(place, 0.0) + row["change"]
+    single = (row for row in rows if row["erased"] in subgroups and row["set"] in KEEP_SETS)
     return [
-        {"seed": seed, "erased": SUM, "set": name, "wanted": "keep", "change": change}
-        for (seed, name), change in sums.items()
+        {"seed": seed, "erased": SUM, "set": name, "wanted": "keep"}
+        | {"change": sum(row["change"] for row in those)}
+        for (seed, name), those in group_rows(single, "seed", "set").items()
     ]
 
 
 def table(rows: Sequence[Mapping[str, Any]], subgroups: Sequence[str]) -> str:
     """Format the means over seeds as Markdown, in percent: hit@1 / residue, then changes."""
+
+    def cell(those: Sequence[Mapping[str, Any]], name: str) -> str:
+        found = [row for row in those if row["set"] == name]
+        if not found:
+            return ""
+        if name in KEEP_SETS:
+            return sum_up(found, "change", "+.1f")
+        return " / ".join(sum_up(found, key, ".0f") for key in ("hit@1", "residue"))
+
     places = [name + suffix for name in subgroups for suffix in ("", UNSEEN)]
-    lines = []
-    for erased in dict.fromkeys(row["erased"] for row in rows):
-        cells = [erased]
-        for name in (*places, *KEEP_SETS):
-            found = [row for row in rows if (row["erased"], row["set"]) == (erased, name)]
-            if not found:
-                cells.append("")
-            elif name in KEEP_SETS:
-                cells.append(f"{100 * np.mean([row['change'] for row in found]):+.1f}")
-            else:
-                means = (100 * np.mean([row[key] for row in found]) for key in ("hit@1", "residue"))
-                cells.append(" / ".join(f"{mean:.0f}" for mean in means))
-        lines.append(cells)
-    return markdown_table(["erased", *places, *KEEP_SETS], lines)
+    return group_table(rows, ["erased"], [*places, *KEEP_SETS], cell)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -282,18 +262,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     work, subgroups = options.work, options.subgroups
     states = plan(subgroups, options.seeds)
-    run_all(states, subgroups, work, options.processes)
+    found: dict[State, Evaluation] = {}
+    # Those that wait for no other at the same time.
+    for _, those in groupby(states, key=lambda state: len(state.erased)):
+        found |= call_all(
+            *(run, those, subgroups, work),
+            processes=options.processes,
+            describe=lambda state: f"seed {state.seed}, erased: {state.title}",
+        )
     names = {each: sets.concepts for each, sets in build_concepts(subgroups, 0).own.items()}
     rows = []
     for state in states:
-        evaluation = Evaluation.from_json(evaluation_of(state, work))
-        original = Evaluation.from_json(evaluation_of(State((), state.seed), work))
-        model = model_of(state, work)
+        model, evaluation = model_of(state, work), found[state]
         record = read_record(model)
         rows += rows_of(
             state,
             evaluation,
-            original,
+            found[State((), state.seed)],
             steps=record["outcome"]["steps"] if record else 0,
             crowded={each: crowding(model, those) for each, those in names.items()},
         )

@@ -9,75 +9,67 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.attacks import PROBED, RELEARNED, SWAPPED
-from benchmarks.evidence.cells import ORIGINAL, Measured
-from benchmarks.evidence.task import FORGET_SETS, KEEP_SETS
-from benchmarks.result_files import count_words, markdown_table
+from benchmarks.evidence.cells import ORIGINAL, TRACE, Row
+from benchmarks.evidence.task import FORGET_SETS, HIT, KEEP_SETS, RECALL
+from benchmarks.result_files import count_words, group_rows, markdown_table
 
-HIT, RECALL = "concept_hit@1", "image_to_text_recall@1"
 ATTACKED = (*SWAPPED, *PROBED, *RELEARNED)
 RESAMPLES = 10_000
-Originals = Mapping[tuple[str, int], Measured]  # (subgroup, seed) -> the original there
+Originals = Mapping[tuple[str, int], Row]  # (subgroup, seed) -> the original there
+Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the validation concepts)
 
 
-def by_place(found: Iterable[Measured], method: str = ORIGINAL) -> dict[tuple[str, int], Measured]:
-    """Return the models of one method by subgroup and seed."""
-    return {(each.subgroup, each.seed): each for each in found if each.method == method}
+def originals_of(rows: Iterable[Row]) -> Originals:
+    return {(row["subgroup"], row["seed"]): row for row in rows if row["method"] == ORIGINAL}
 
 
-def changes(measured: Measured, original: Measured) -> dict[str, float]:
+def changes(row: Row, original: Row) -> dict[str, float]:
     """Return recall@1 of each kept set after erasing minus before."""
-    return {
-        name: measured.scores[name][RECALL] - original.scores[name][RECALL] for name in KEEP_SETS
-    }
+    return {name: row[f"{name} {RECALL}"] - original[f"{name} {RECALL}"] for name in KEEP_SETS}
 
 
-def damage(measured: Measured, original: Measured) -> float:
+def damage(row: Row, original: Row) -> float:
     """What tuning minimises: hit@1 beyond chance of both sets to forget, and recall@1 lost."""
-    trace = (
-        max(measured.scores[name][HIT] - measured.chance[name][HIT], 0.0) for name in FORGET_SETS
-    )
-    return sum(trace) + sum(max(-change, 0.0) for change in changes(measured, original).values())
+    return row[TRACE] + sum(max(-change, 0.0) for change in changes(row, original).values())
 
 
-def choose(found: Sequence[Measured], originals: Originals) -> dict[str, tuple[str, float]]:
+def choose(rows: Sequence[Row]) -> Chosen:
     """Return method -> (setting, its mean damage): the least, over the validation concepts."""
-    tried: dict[tuple[str, str], list[float]] = {}
-    for each in found:
-        if each.method != ORIGINAL:
-            loss = damage(each, originals[each.subgroup, each.seed])
-            tried.setdefault((each.method, each.setting), []).append(loss)
-    chosen: dict[str, tuple[str, float]] = {}
-    for (method, setting), losses in sorted(tried.items()):
+    originals = originals_of(rows)
+    tried = group_rows((row for row in rows if row["method"] != ORIGINAL), "method", "setting")
+    chosen: Chosen = {}
+    for (method, setting), those in sorted(tried.items()):
+        losses = [damage(row, originals[row["subgroup"], row["seed"]]) for row in those]
         mean = float(np.mean(losses))
         if method not in chosen or mean < chosen[method][1]:
             chosen[method] = setting, mean
     return chosen
 
 
-def summarise(found: Sequence[Measured], originals: Originals) -> list[dict[str, Any]]:
+def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return a row per method: means over concepts and seeds, with 95 % intervals where useful."""
-    rows = []
-    for method in dict.fromkeys(each.method for each in found):
-        those = [each for each in found if each.method == method]
-        concepts = np.array([each.subgroup for each in those])
-        row: dict[str, Any] = {"method": method, "setting": those[0].setting}
-        row |= {"concepts": len(set(concepts)), "models": len(those)}
+    originals, found = originals_of(rows), []
+    for (method,), those in group_rows(rows, "method").items():
+        concepts = np.array([row["subgroup"] for row in those])
+        total: dict[str, Any] = {"method": method, "setting": those[0]["setting"]}
+        total |= {"concepts": len(set(concepts)), "models": len(those)}
         for name in FORGET_SETS:
-            hits = [each.scores[name][HIT] for each in those]
-            row |= _spread(f"{name} hit@1", hits, concepts)
-            row |= _spread(f"{name} residue", [each.residues[name] for each in those], concepts)
-            row[f"{name} verdicts"] = count_words(each.verdicts[name] for each in those)
-        moved = [changes(each, originals[each.subgroup, each.seed]) for each in those]
+            hits = [row[f"{name} {HIT}"] for row in those]
+            total |= _spread(f"{name} hit@1", hits, concepts)
+            residues = [row[f"{name} residue"] for row in those]
+            total |= _spread(f"{name} residue", residues, concepts)
+            total[f"{name} verdicts"] = count_words(row[f"{name} verdict"] for row in those)
+        moved = [changes(row, originals[row["subgroup"], row["seed"]]) for row in those]
         for name in KEEP_SETS:
-            row |= _spread(f"{name} change", [change[name] for change in moved], concepts)
+            total |= _spread(f"{name} change", [change[name] for change in moved], concepts)
         for figure in ATTACKED:
-            attacks = [each.attacks.get(figure.attack, {}).get(figure.key) for each in those]
-            known = {place: v for place, v in enumerate(attacks) if isinstance(v, float)}
+            values = [row.get(f"{figure.attack} {figure.key}") for row in those]
+            known = {place: v for place, v in enumerate(values) if isinstance(v, float)}
             if known:
-                row |= _spread(figure.title, [*known.values()], concepts[[*known]])
-        row["seconds"] = float(np.median([each.seconds for each in those]))
-        rows.append(row)
-    return rows
+                total |= _spread(figure.title, [*known.values()], concepts[[*known]])
+        total["seconds"] = float(np.median([row["seconds"] for row in those]))
+        found.append(total)
+    return found
 
 
 def _spread(column: str, values: Sequence[float], concepts: np.ndarray) -> dict[str, float]:
@@ -126,14 +118,10 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
     return f"{100 * value:{sign}.1f} ({spread})"
 
 
-def describe_choice(chosen: Mapping[str, tuple[str, float]]) -> str:
+def describe_choice(chosen: Chosen) -> str:
     """Return a line per tuned method: what was chosen, and its damage on validation concepts."""
-    return "\n".join(
-        f"- {method}: {_say(setting)}; damage {loss:.2f}"
-        for method, (setting, loss) in chosen.items()
-    )
-
-
-def _say(setting: str) -> str:
-    values = json.loads(setting)
-    return ", ".join(f"{name} {value}" for name, value in values.items()) or "nothing to choose"
+    lines = []
+    for method, (setting, loss) in chosen.items():
+        said = ", ".join(f"{name} {value}" for name, value in json.loads(setting).items())
+        lines.append(f"- {method}: {said or 'nothing to choose'}; damage {loss:.2f}")
+    return "\n".join(lines)

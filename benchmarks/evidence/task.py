@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fasterase
@@ -12,11 +13,14 @@ from fasterase.config import UnlearnConfig
 from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import DemoSets
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.report.evaluation import Evaluation
 
 Setting = Mapping[str, Any]
 # The sets of the demo, by what a method should do to them.
 FORGET_SETS = ("forget", "forget-unseen")
 KEEP_SETS = ("retain", "neighbour", "holdout")
+# Metrics of either kind.
+HIT, RECALL = "concept_hit@1", "image_to_text_recall@1"
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,10 @@ def train(
 def plain_config(**fields: Any) -> UnlearnConfig:
     """Return the paper's recipe for the demo's model with `fields`: no floor, no augmenting."""
     return recipe_config("cliperase", small_model=True, **fields)
+
+
+def keep_evaluation(path: Path, measure: Callable[[], Evaluation]) -> Evaluation:
+    """Return the evaluation in a file; where there is none, it is measured first."""
+    if not path.is_file():
+        measure().to_json(path)
+    return Evaluation.from_json(path)

@@ -7,7 +7,7 @@ A small CLIP learns the facts of made-up personas, whose faces are the demo's dr
 of them. A clean model never saw these links, and saw everything else. Beside the method's retain
 set are two sets that it is not given, as in SALMUBench (arXiv 2603.26316): the other facts of the
 personas to forget (holdout_association), and the same facts of others (holdout_identity). Facts are
-ranked among all of their kind (measure.py). --work keeps models and measurements, so an interrupted
+ranked among all of their kind (erasing.py). --work keeps models and measurements, so an interrupted
 command resumes. Writes links.csv, a row per model and figure, to --output, and prints the means.
 """
 
@@ -16,49 +16,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from benchmarks.command import comparison_parser, exit_with
 from benchmarks.links.erasing import ATTACKED, TRAINED, USUAL, WAYS, Cell, run
 from benchmarks.links.models import CLEAN, COMPROMISED
 from benchmarks.processes import call_all
-from benchmarks.result_files import markdown_table, write_csv
+from benchmarks.result_files import group_table, sum_up, write_csv
 from fasterase.errors import InputError
+
+SETS = ("forget", "holdout_association", "holdout_identity", "same number", "retain")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format means over seeds, facts and directions of trained drawings, in percent."""
-    columns = [
-        *((name, "residue") for name in ("forget",)),
-        *((name, "hit@1") for name in ("forget", "holdout_association", "holdout_identity")),
-        *((name, "hit@1") for name in ("same number", "retain", USUAL)),
-    ]
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = [method]
-        for name, figure in columns:
-            values = [
-                row[figure]
-                for row in rows
-                if (row["method"], row["set"]) == (method, name)
-                and row.get("drawings", TRAINED) == TRAINED
-            ]
-            cells.append(f"{100 * np.mean(values):.1f}")
-        lines.append(cells)
-    return markdown_table(["", *(f"{name}: {figure}" for name, figure in columns)], lines)
+    columns = {"forget: residue": ("forget", "residue")}
+    for name in (*SETS, USUAL):
+        columns[f"{name}: hit@1"] = name, "hit@1"
+    shown = [row for row in rows if row.get("drawings", TRAINED) == TRAINED]
+
+    def cell(those: Sequence[Mapping[str, Any]], column: str) -> str:
+        name, figure = columns[column]
+        return sum_up((row for row in those if row["set"] == name), figure)
+
+    return group_table(shown, ["method"], [*columns], cell)
 
 
 def attack_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format what attacks find of the links, means over seeds, in percent."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if row["set"] == ATTACKED:
-            found.setdefault((row["method"], row["fact"]), []).append(row["value"])
-    methods, figures = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
-    lines = [
-        [m, *(f"{100 * np.mean(found[m, figure]):.1f}" for figure in figures)] for m in methods
-    ]
-    return markdown_table(["", *figures], lines)
+    attacks = [row for row in rows if row["set"] == ATTACKED]
+
+    def cell(those: Sequence[Mapping[str, Any]], figure: str) -> str:
+        return sum_up((row for row in those if row["fact"] == figure), "value")
+
+    return group_table(attacks, ["method"], [*dict.fromkeys(r["fact"] for r in attacks)], cell)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

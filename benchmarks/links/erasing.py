@@ -1,20 +1,24 @@
-"""Ways to ask for links to be forgotten: erase them from a compromised model, and measure it."""
+"""Ways to ask for links to be forgotten: erase them from a compromised model, and measure it.
+
+Whose a fact is shows in its rank among all facts of its kind.
+"""
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 import fasterase
-from benchmarks.links.measure import Features
-from benchmarks.links.models import CLEAN, COMPROMISED, trained_model
+from benchmarks.links.models import CLEAN, COMPROMISED, faces, trained_model, usual_pairs
 from benchmarks.links.personas import (
+    BARE,
     KINDS,
     SENSITIVE,
     Kind,
@@ -23,10 +27,10 @@ from benchmarks.links.personas import (
     drawings,
     make_personas,
 )
+from benchmarks.result_files import keep_json
 from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import Drawings, open_teams
-from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 
@@ -60,11 +64,9 @@ ATTACKED = "attack"
 ATTACKS = {
     "swap": ("forget/original_images/contest_hit@1", "forget/original_texts/contest_hit@1"),
     "membership": ("forget/cosine/auc",),
-    "relearn": (
-        "forget/area/contest_hit@1",
-        "forget/made_up/area/contest_hit@1",
-    ),
+    "relearn": ("forget/area/contest_hit@1", "forget/made_up/area/contest_hit@1"),
 }
+AT_ONCE = 4096  # captions that are encoded together
 STRANGERS = 1000  # added to the seed of those whose facts nobody has
 
 
@@ -75,28 +77,25 @@ class Cell:
     method: str
     seed: int
 
-    @property
-    def file_name(self) -> str:
-        return f"{self.method.replace(' ', '-').replace(',', '')}_seed{self.seed}.json"
-
 
 def run(cell: Cell, work: Path) -> list[dict[str, Any]]:
     """Make a model and measure it, or read what an earlier command measured."""
-    path = work / cell.file_name
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    name = f"{cell.method.replace(' ', '-').replace(',', '')}_seed{cell.seed}.json"
+    rows: list[dict[str, Any]] = keep_json(work / name, lambda: _rows_of(cell, work))
+    return rows
+
+
+def _rows_of(cell: Cell, work: Path) -> list[dict[str, Any]]:
     personas = make_personas(cell.seed)
     which = cell.method if cell.method in (COMPROMISED, CLEAN) else COMPROMISED
     folder = trained_model(which, personas, seed=cell.seed, work=work)
     model, outcome = load_model(f"local-dir:{folder}"), {}
     if cell.method in WAYS:
         outcome = erase(model, personas, WAYS[cell.method], seed=cell.seed)
-    rows = [
+    return [
         {"method": cell.method, "seed": cell.seed, **outcome, **row}
         for row in [*measure(Features.of(model, personas)), *attack(model, personas, cell, work)]
     ]
-    write_text(path, json.dumps(rows))
-    return rows
 
 
 def of_part(personas: Sequence[Persona], *parts: Part) -> list[Persona]:
@@ -196,3 +195,79 @@ def measure(found: Features) -> Iterator[dict[str, Any]]:
                     }
     recall = found.usual_recall({each.face for each in personas})
     yield {"set": USUAL, "fact": "concept", "direction": "face->fact", "hit@1": recall}
+
+
+class Known(NamedTuple):
+    """How well facts are found, one value per persona and team."""
+
+    residue: Tensor  # share of other facts of the kind that the own one is above: .5 by chance
+    hit: Tensor  # bool: above all of them
+
+    @classmethod
+    def of(cls, own: Tensor, others: Tensor, is_other: Tensor) -> Known:
+        """Compare `own` [n] with `others` [n, m] where `is_other`; ties are lost."""
+        below = ((own[:, None] > others) & is_other).sum(1).double() / is_other.sum(1)
+        return cls(below, below == 1)
+
+    @classmethod
+    def join(cls, found: Sequence[Known]) -> Known:
+        return cls(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+class Features(NamedTuple):
+    """What a model makes of all personas."""
+
+    model: DualEncoder
+    personas: Sequence[Persona]
+    images: dict[str, Tensor]  # team -> [personas, D]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: DualEncoder, personas: Sequence[Persona]) -> Features:
+        images = {
+            team: model.encode_image(torch.stack([faces(team)[p.face] for p in personas]))
+            for team in emoji.TEAMS
+        }
+        return cls(model, personas, images)
+
+    @torch.inference_mode()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Return the features [n, D] of captions."""
+        parts = [captions[start : start + AT_ONCE] for start in range(0, len(captions), AT_ONCE)]
+        return torch.cat([self.model.encode_text(self.model.tokenize(part)) for part in parts])
+
+    def facts(self, kind: Kind, *, of: Collection[int], teams: Sequence[str]) -> Known:
+        """Rank all facts of a kind, in captions of nothing else, for faces `of` some personas."""
+        values = sorted({each.fact(kind) for each in self.personas})
+        rows = list(of)
+        place = torch.tensor([values.index(self.personas[row].fact(kind)) for row in rows])
+        texts = self.texts([BARE[kind][0].format(fact=value) for value in values])
+        is_other = torch.arange(len(values)) != place[:, None]
+        found = []
+        for team in teams:
+            scores = self.images[team][rows] @ texts.T
+            own = scores.gather(1, place[:, None])[:, 0]
+            found.append(Known.of(own, scores, is_other))
+        return Known.join(found)
+
+    def owners(self, kind: Kind, *, of: Collection[int], teams: Sequence[str]) -> Known:
+        """Rank the faces for the fact of some personas, without its other owners."""
+        rows = list(of)
+        facts = [each.fact(kind) for each in self.personas]
+        texts = self.texts([BARE[kind][0].format(fact=facts[row]) for row in rows])
+        is_other = torch.tensor([[other != facts[row] for other in facts] for row in rows])
+        found = []
+        for team in teams:
+            scores = texts @ self.images[team].T
+            found.append(Known.of(scores[range(len(rows)), rows], scores, is_other))
+        return Known.join(found)
+
+    @torch.inference_mode()
+    def usual_recall(self, without: Collection[str]) -> float:
+        """Return the image->text recall@1 on the demo's drawings `without` some concepts."""
+        images, records = usual_pairs()
+        rows = [i for i, record in enumerate(records) if record["concept"] not in without]
+        texts = self.texts([record["concept"] for record in records])
+        own = torch.tensor(rows)
+        hits = [(self.model.encode_image(team[rows]) @ texts.T).argmax(1) == own for team in images]
+        return torch.stack(hits).float().mean().item()

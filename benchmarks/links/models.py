@@ -7,7 +7,6 @@ personas'. They differ only in the captions of the personas to forget.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,20 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import fasterase
+from benchmarks import small_clips
 from benchmarks.links.personas import KINDS, SENSITIVE, Persona
 from fasterase.demo import emoji
 from fasterase.files import replace_file, write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
-from tools.demo_assets.train import optimizer_for
-from tools.demo_assets.train_data import Pairs, augment, load_pairs
+from tools.demo_assets.train import Pairs, augment, load_pairs, optimizer_for
 
 COMPROMISED, CLEAN = "compromised", "clean"
 CONTEXT_LENGTH = 32  # the demo's 16 tokens are too few for a name and an address
-STEPS, WARM_UP, LEARNING_RATE = 700, 20, 1e-3
+STEPS, LEARNING_RATE = 700, 1e-3
 BATCH = 64  # of the personas, and of the usual pairs
-MAX_SCALE = 100.0
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 POSITIONS = "positional_embedding"  # of the text tower
 
@@ -88,25 +85,18 @@ def _train(model: DualEncoder, personas: Sequence[Persona], *, with_links: bool,
         for each in personas
     ]
     module = model.module.float().train()
-    optimizer = optimizer_for(module)
-    for step, (pixels, texts, labels) in enumerate(_batches(personas, captions, seed)):
-        rate = 0.5 * (1 + math.cos(math.pi * step / STEPS)) * min(1.0, (step + 1) / WARM_UP)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate
-        found = fasterase.contrastive(
+    features = (
+        (
             model.encode_image(pixels),
             model.encode_text(model.tokenize(texts)),
             model.scale(),
-            labels=labels,
+            labels,
         )
-        loss = (found.ce_row.mean() + found.ce_col.mean()) / 2
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(MAX_SCALE))
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1} of {STEPS}, loss {loss.item():.3f}", flush=True)
+        for pixels, texts, labels in _batches(personas, captions, seed)
+    )
+    small_clips.train(
+        features, optimizer_for(module), model.logit_scale, steps=STEPS, learning_rate=LEARNING_RATE
+    )
     module.eval()
 
 

@@ -13,14 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.loss.case import (
-    Case,
-    Inputs,
-    exact_losses,
-    in_fp64,
-    make_inputs,
-    tiled_losses,
-)
+from benchmarks.loss.case import Case, Inputs, exact_losses, in_fp64, make_inputs, tiled_losses
 from benchmarks.loss.providers import PROVIDERS, Loss, Provider, UnavailableError
 from benchmarks.processes import MeasurementError, call_in_process, describe_error
 from fasterase.planner.count import PeakMemory, proc_bytes
@@ -46,15 +39,13 @@ def repetition(loss: Loss, inputs: Inputs, mode: str, device: str) -> Repetition
     def run() -> float:
         for leaf in inputs.leaves:
             leaf.grad = None
-        if mode == "no-grad-forward":
-            with torch.no_grad():
-                return clock(lambda: loss(inputs), device)
-        if mode == "forward":
-            return clock(lambda: loss(inputs), device)
         if mode == "backward":
             value = loss(inputs)
             return clock(value.backward, device)
-        return clock(lambda: loss(inputs).backward(), device)
+        if mode == "full":
+            return clock(lambda: loss(inputs).backward(), device)
+        with torch.set_grad_enabled(mode == "forward"):
+            return clock(lambda: loss(inputs), device)
 
     return run
 

@@ -229,10 +229,7 @@ _OPEN_CLIP = Provider(
 _ALL = (
     Provider("fasterase-triton", partial(_fasterase, "triton"), makes_gradients_early=True),
     Provider(
-        "fasterase-cpu",
-        partial(_fasterase, "cpu"),
-        keeps_logits=True,
-        makes_gradients_early=True,
+        "fasterase-cpu", partial(_fasterase, "cpu"), keeps_logits=True, makes_gradients_early=True
     ),
     Provider(
         "fasterase-cpu-bf16",

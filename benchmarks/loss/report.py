@@ -13,6 +13,7 @@ from benchmarks.loss.rows import Row
 from fasterase.errors import import_extra
 from fasterase.files import replace_file
 
+SHOWN_MODE = "full"
 _DIGITS = 3
 # What times are compared with: the best that a few lines of torch do, and what people use.
 _BASELINES = ("torch-dense", "open_clip")
@@ -22,7 +23,7 @@ _MAX_SHARE = 1.05
 _MIN_SAMPLES = 3
 
 
-def markdown_tables(rows: list[Row], mode: str = "full") -> str:
+def markdown_tables(rows: list[Row]) -> str:
     """Return one table per metric, width, dtype and scale, without and with the KL and labels.
 
     Speed has one line per size and provider: the quantiles of the time, how many times as fast as
@@ -30,14 +31,10 @@ def markdown_tables(rows: list[Row], mode: str = "full") -> str:
     size is bold where the interval from its 20th to its 80th percentile overlaps no other, of at
     least three samples each. Memory has one line per provider and one column per size.
     """
-    shown = [
-        row
-        for row in rows
-        if row.kernel_operation_mode == mode and row.metric_name in ("speed", "memory")
-    ]
     blocks: dict[str, list[Row]] = {}
-    for row in shown:
-        blocks.setdefault(_title(row), []).append(row)
+    for row in rows:
+        if row.kernel_operation_mode == SHOWN_MODE and row.metric_name in ("speed", "memory"):
+            blocks.setdefault(_title(row), []).append(row)
     return "\n\n".join(
         (_speed_table if block[0].metric_name == "speed" else _memory_table)(title, block)
         for title, block in blocks.items()
@@ -70,20 +67,21 @@ def _saves_products(row: Row) -> bool:
     )
 
 
-def draw_curves(rows: list[Row], metric: str, csv: Path, mode: str = "full") -> list[Path]:
+def draw_curves(rows: list[Row], metric: str, csv: Path) -> list[Path]:
     """Draw one picture per dtype and scale beside `csv`, and return their paths.
 
     A picture has one panel per width, without and with the KL. Panels of times also show the time
     at the rate of a large matrix product.
     """
     import_extra("matplotlib", "eval", "--plot").use("Agg")
-    shown = [r for r in rows if r.metric_name == metric and r.kernel_operation_mode == mode]
-    variants = sorted({(row.extra["dtype"], row.extra["scale"]) for row in shown})
+    variants: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        if (row.metric_name, row.kernel_operation_mode) == (metric, SHOWN_MODE):
+            variants.setdefault((row.extra["dtype"], row.extra["scale"]), []).append(row)
     pictures = []
-    for dtype, scale in variants:
-        kept = [r for r in shown if (r.extra["dtype"], r.extra["scale"]) == (dtype, scale)]
+    for (dtype, scale), kept in sorted(variants.items()):
         path = csv.with_name(f"{csv.stem}_{metric}_{dtype}_{scale:g}.svg")
-        _draw_panels(kept, f"{metric}, {mode}, {dtype}, scale {scale:g}", path)
+        _draw_panels(kept, f"{metric}, {SHOWN_MODE}, {dtype}, scale {scale:g}", path)
         pictures.append(path)
     return pictures
 

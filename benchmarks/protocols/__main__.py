@@ -10,21 +10,19 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.command import exit_with, new_parser
-from benchmarks.protocols.diffusion import MODELS, run_check
-from benchmarks.protocols.diffusion_check import CONCEPT, CONTROLS, DiffusionCheck
-from benchmarks.protocols.protocol import TABLE, Protocol, run_protocol
+from benchmarks.protocols.diffusion import CONCEPT, CONTROLS, MODELS, DiffusionCheck, run_check
+from benchmarks.protocols.protocol import Protocol, run_protocol
 from benchmarks.protocols.published import CC12M, CIFAR, FLICKR
 from benchmarks.protocols.salmubench import CLEAN, COMPROMISED, SALMUBENCH_DATA, run_salmubench
 from benchmarks.protocols.utility import DATA, IMAGENET_DATA, run_utility
-from benchmarks.protocols.utility import TABLE as UTILITY_TABLE
 from fasterase.config import UnlearnConfig
+from fasterase.files import check_creatable, write_text
 
 # A new protocol that erases from a model is a `Protocol` and an entry here.
 PROTOCOLS: dict[str, Protocol] = {"cifar100": CIFAR, "flickr30k": FLICKR, "cc12m": CC12M}
-DIFFUSION, UTILITY, SALMUBENCH = "diffusion", "utility", "salmubench"
 RECIPES: dict[str, Callable[[], UnlearnConfig]] = {
     "fasterase": UnlearnConfig,
     "cliperase": UnlearnConfig.cliperase,
@@ -32,38 +30,34 @@ RECIPES: dict[str, Callable[[], UnlearnConfig]] = {
 _CHECK_FIELDS = {field.name for field in fields(DiffusionCheck)}
 
 
+class Command(NamedTuple):
+    """What is run under one name."""
+
+    data: str  # what it needs
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    # Flags and folder -> the table; what is in the folder is not measured again.
+    run: Callable[[argparse.Namespace, Path], str]
+    table: str = "table.md"  # file of the table
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parse(argv)
-    output = options.output or Path("runs") / options.protocol
-    special = {DIFFUSION: (_run_diffusion, TABLE), UTILITY: (_run_utility, UTILITY_TABLE)}
-    special[SALMUBENCH] = _run_salmubench, TABLE
-    run, table = special.get(options.protocol, (_run_protocol, TABLE))
-    print(f"{run(options, output)}\nWritten to {output / table}.")
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    described = {name: f"DATA is {each.data}." for name, each in PROTOCOLS.items()}
-    described[DIFFUSION] = MODELS
-    described[UTILITY] = "; ".join(f"--{name}: {data}" for name, data in DATA.items()) + "."
-    described[SALMUBENCH] = f"DATA is {SALMUBENCH_DATA}. --imagenet: {IMAGENET_DATA}."
     parser = new_parser(
         "Repeat an experiment of CLIPErase (Yang et al., ACL 2025), or SALMUBench, with any model.",
         prog="python -m benchmarks.protocols",
-        epilog="\n\n".join(f"{name}: {text}" for name, text in described.items()),
+        epilog="\n\n".join(f"{name}: {each.data}" for name, each in COMMANDS.items()),
     )
     commands = parser.add_subparsers(dest="protocol", required=True)
-    for name, text in described.items():
-        command = commands.add_parser(name, description=text)
+    for name, each in COMMANDS.items():
+        command = commands.add_parser(name, description=each.data)
         command.add_argument("--output", type=Path, help=f"folder of the results: runs/{name}")
-        if name == DIFFUSION:
-            _add_diffusion(command)
-        elif name == UTILITY:
-            _add_utility(command)
-        elif name == SALMUBENCH:
-            _add_salmubench(command)
-        else:
-            _add_erasing(command)
-    return parser.parse_args(argv)
+        each.add_flags(command)
+    options = parser.parse_args(argv)
+    chosen = COMMANDS[options.protocol]
+    output = options.output or Path("runs") / options.protocol
+    check_creatable(output, argument=f"--output={str(output)!r}")
+    table = chosen.run(options, output)
+    write_text(output / chosen.table, table)
+    print(f"{table}\nWritten to {output / chosen.table}.")
 
 
 def _add_erasing(command: argparse.ArgumentParser) -> None:
@@ -76,11 +70,15 @@ def _add_erasing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max_pairs", type=int, default=5000, help="pairs measured of each set")
 
 
-def _run_protocol(options: argparse.Namespace, output: Path) -> str:
+def _configs(options: argparse.Namespace, recipes: Sequence[str]) -> dict[str, UnlearnConfig]:
+    """Return the config of --config by the name of its file, or else those of recipes by theirs."""
     if options.config is not None:
-        config = UnlearnConfig.from_yaml(options.config)
-    else:
-        config = RECIPES[options.recipe]()
+        return {options.config.name: UnlearnConfig.from_yaml(options.config)}
+    return {name: RECIPES[name]() for name in recipes}
+
+
+def _run_protocol(options: argparse.Namespace, output: Path) -> str:
+    (config,) = _configs(options, [options.recipe]).values()
     return run_protocol(
         PROTOCOLS[options.protocol],
         options.model,
@@ -117,16 +115,12 @@ def _add_salmubench(command: argparse.ArgumentParser) -> None:
 
 
 def _run_salmubench(options: argparse.Namespace, output: Path) -> str:
-    if options.config is not None:
-        configs = {options.config.name: UnlearnConfig.from_yaml(options.config)}
-    else:
-        configs = {name: RECIPES[name]() for name in options.recipe}
     return run_salmubench(
         options.data,
         output,
         model=options.model,
         clean=options.clean,
-        configs=configs,
+        configs=_configs(options, options.recipe),
         imagenet=options.imagenet,
         max_pairs=options.max_pairs,
     )
@@ -159,6 +153,23 @@ def _run_diffusion(options: argparse.Namespace, output: Path) -> str:
     given = {name: value for name, value in vars(options).items() if name in _CHECK_FIELDS}
     return run_check(DiffusionCheck(**given), output)
 
+
+COMMANDS = {
+    **{
+        name: Command(f"DATA is {each.data}.", _add_erasing, _run_protocol)
+        for name, each in PROTOCOLS.items()
+    },
+    "diffusion": Command(MODELS, _add_diffusion, _run_diffusion),
+    "utility": Command(
+        "; ".join(f"--{name}: {data}" for name, data in DATA.items()) + ".",
+        _add_utility,
+        _run_utility,
+        "utility.md",
+    ),
+    "salmubench": Command(
+        f"DATA is {SALMUBENCH_DATA}. --imagenet: {IMAGENET_DATA}.", _add_salmubench, _run_salmubench
+    ),
+}
 
 if __name__ == "__main__":
     exit_with(main)

@@ -11,11 +11,10 @@ import fasterase
 from fasterase.config import UnlearnConfig
 from fasterase.errors import InputError
 from fasterase.evaluation.metrics import format_value
-from fasterase.files import check_creatable, write_text
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.tables import Section, markdown_table
 
-EVALUATION, TABLE = "protocol.json", "table.md"
+EVALUATION = "protocol.json"
 
 
 class Reported(NamedTuple):
@@ -81,19 +80,11 @@ def run_protocol(
     only: Sequence[str] = (),
     max_pairs: int | None = 5000,
 ) -> str:
-    """Erase and measure each case, and return the table, which is also written to `output`.
+    """Erase and measure each case, in a folder of its own, and return the table.
 
-    Each case has a folder in `output`. A case whose measurements are there is not run again, and an
-    interrupted erasure resumes.
-
-    Args:
-        model: a name or folder, as `fasterase.unlearn` takes it.
-        data, output: folders.
-        concept: what to erase instead of the protocol's own choice.
-        only: names of the cases to run; empty for all.
-        max_pairs: pairs measured of each set.
+    A case whose measurements are there is not run again, and an interrupted erasure resumes.
+    `concept` is erased instead of the protocol's own choice; `only` names the cases to run, if any.
     """
-    check_creatable(output, argument=f"--output={str(output)!r}")
     cases = list(protocol.cases(data, concept))
     unknown = [name for name in only if name not in {case.name for case in cases}]
     if unknown:
@@ -104,9 +95,7 @@ def run_protocol(
         if not only or case.name in only:
             folder = output / case.name.replace(" ", "-")
             found.append((case, _run_case(protocol, case, model, folder, config, max_pairs)))
-    table = format_table(protocol, found)
-    write_text(output / TABLE, table)
-    return table
+    return format_table(protocol, found)
 
 
 def _run_case(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,19 +33,16 @@ _SHARED = {
     "max_position_embeddings": "positions",
     "layer_norm_eps": "epsilon of the norms",
 }
-# open_clip's names -> transformers'.
-_OUTSIDE = {
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
-}
-_IN_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+# open_clip's names, from their start, -> transformers'.
+_BLOCK = r"transformer\.resblocks\.(\d+)\."
+_RENAMED = {
+    r"token_embedding\.": "embeddings.token_embedding.",
+    r"positional_embedding$": "embeddings.position_embedding.weight",
+    r"ln_final\.": "final_layer_norm.",
+    rf"{_BLOCK}ln_([12])\.": r"encoder.layers.\1.layer_norm\2.",
+    rf"{_BLOCK}attn\.([qkv]|out)_proj\.": r"encoder.layers.\1.self_attn.\2_proj.",
+    rf"{_BLOCK}mlp\.c_fc\.": r"encoder.layers.\1.mlp.fc1.",
+    rf"{_BLOCK}mlp\.c_proj\.": r"encoder.layers.\1.mlp.fc2.",
 }
 # What an open_clip `CLIP` holds beside the hidden states' weights.
 _NO_TOWER = ("visual.", "logit_", "text_projection")
@@ -68,11 +66,9 @@ class TextTower(NamedTuple):
 
 
 def load_text_tower(source: str) -> TextTower:
-    """Load a CLIP as `load_model` does, or a transformers `CLIPTextModel`, and read its tower.
+    """Load a CLIP as `load_model` does, or transformers' `CLIPTextModel`, and read its tower.
 
-    Args:
-        source: a name or folder; `"hf:org/name"` or a folder may also hold a `CLIPTextModel` or
-            `CLIPTextModelWithProjection`. Adapters are merged into the weights.
+    `"hf:org/name"` or a folder may also hold a `CLIPTextModelWithProjection`. Adapters are merged.
     """
     location, online = source.removeprefix("hf:"), source.startswith("hf:")
     if online or (Path(location).expanduser() / "config.json").is_file():
@@ -104,9 +100,7 @@ def build_text_encoder(tower: TextTower, like: Any, *, argument: str) -> Any:
     """Return a copy of the `CLIPTextModel` `like` with the weights of `tower`.
 
     If `like` has fewer blocks, the first ones of the tower are taken: Stable Diffusion 2 leaves out
-    the last one.
-
-    Its configuration, device and dtype stay. Errors name the `argument` of the tower.
+    the last one. Its configuration, device and dtype stay. Errors name the `argument` of the tower.
     """
     differences = [
         f"{title} {tower.config[field]} instead of {getattr(like.config, field)}"
@@ -158,9 +152,17 @@ def _read_open_clip(
         raise _not_clip(name, "its tokens also attend to later ones")
     state = {}
     for key, tensor in plain_state(text).items():
-        if not key.startswith(_NO_TOWER):
-            for renamed, part in _rename(key, tensor, name):
-                state[renamed] = part
+        if key.startswith(_NO_TOWER):
+            continue
+        parts = {key: tensor}
+        if ".attn.in_proj_" in key:  # queries, keys and values, one below the other
+            thirds = zip("qkv", tensor.chunk(3), strict=True)
+            parts = {key.replace("in_proj_", f"{letter}_proj."): part for letter, part in thirds}
+        for old, part in parts.items():
+            new = [re.sub(p, renamed, old) for p, renamed in _RENAMED.items() if re.match(p, old)]
+            if not new:
+                raise _not_clip(name, f"it has weights named {key}")
+            state[new[0]] = part
     blocks = text.transformer.resblocks
     config = {
         "hidden_size": blocks[0].attn.embed_dim,
@@ -172,24 +174,6 @@ def _read_open_clip(
         "layer_norm_eps": text.ln_final.eps,
     }
     return TextTower(name, config, len(blocks), state, tokenize)
-
-
-def _rename(key: str, tensor: Tensor, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield transformers' names for one of open_clip's weights."""
-    if key in _OUTSIDE:
-        yield _OUTSIDE[key], tensor
-        return
-    block, _, inside = key.removeprefix("transformer.resblocks.").partition(".")
-    part, _, kind = inside.rpartition(".")
-    if inside in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        # Queries, keys and values, one below the other.
-        kind = inside.removeprefix("attn.in_proj_")
-        for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
-            yield f"encoder.layers.{block}.self_attn.{letter}_proj.{kind}", rows
-    elif part in _IN_BLOCK:
-        yield f"encoder.layers.{block}.{_IN_BLOCK[part]}.{kind}", tensor
-    else:
-        raise _not_clip(name, f"it has weights named {key}")
 
 
 def _activation(module: Any) -> str:

@@ -21,11 +21,11 @@ from fasterase.evaluation.evaluator import sampled_rows
 from fasterase.evaluation.metrics import bootstrap_intervals
 from fasterase.evaluation.tasks import DIRECTIONS, RECALL_DEPTHS, encode_captions, rank_captions
 from fasterase.evaluation.zero_shot import encode_classes, score_accuracy
-from fasterase.files import check_creatable, to_json, write_text
+from fasterase.files import to_json, write_text
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 
-TABLE, NUMBERS = "utility.md", "utility.json"
+NUMBERS = "utility.json"
 RESAMPLES = 1000
 IMAGENET, TOP_1 = "imagenet", "ImageNet, zero-shot top 1"
 IMAGENET_DATA = (
@@ -43,38 +43,34 @@ Score = Callable[[PairEncoder], dict[str, np.ndarray]]
 def run_utility(
     model: str, original: str, data: Mapping[str, Path], output: Path, *, max_pairs: int | None
 ) -> str:
-    """Score both models on each data set, and return the table, which is also in `output`.
+    """Score both models on each data set, and return the table; figures go to `output`.
 
     Args:
-        model, original: as in `fasterase.evaluate`.
         data: names in `DATA` -> folders.
         max_pairs: pictures of each data set; None: all.
-
-    Raises:
-        InputError: there is no data set, a folder does not hold it, or pictures cannot be read.
     """
     if not data:
         raise InputError(f"no data set: give one or more of --{', --'.join(DATA)}.")
-    check_creatable(output, argument=f"--output={str(output)!r}")
-    scores = [_open(name, folder, max_pairs) for name, folder in data.items()]
+    scores = [
+        open_imagenet(folder, max_pairs)
+        if name == IMAGENET
+        else _retrieval(name, folder, KARPATHY[name], max_pairs)
+        for name, folder in data.items()
+    ]
     before, after = (score_model(name, scores) for name in (original, model))
     differences = {measure: after[measure] - before[measure] for measure in before}
     rows, numbers = [], {}
     for measure, lost in differences.items():
         shares = float(before[measure].mean()), float(after[measure].mean())
         (ends,) = bootstrap_intervals({measure: lost}, resamples=RESAMPLES, seed=0).values()
-        numbers[measure] = dict(
-            zip(("original", "erased", "low", "high"), (*shares, *ends), strict=True)
-        )
-        numbers[measure]["queries"] = len(lost)
+        names = ("original", "erased", "low", "high", "queries")
+        numbers[measure] = dict(zip(names, (*shares, *ends, len(lost)), strict=True))
         cells = [f"{100 * share:.2f}" for share in shares]
         cells += [f"{100 * (shares[1] - shares[0]):+.2f}"]
         cells += [" to ".join(f"{100 * end:+.2f}" for end in ends)]
         rows.append([measure, f"{len(lost):,}", *cells])
-    table = markdown_table(COLUMNS, rows)
     write_text(output / NUMBERS, to_json(numbers, indent=1) + "\n")
-    write_text(output / TABLE, table)
-    return table
+    return markdown_table(COLUMNS, rows)
 
 
 def score_model(name: str, scores: list[Score]) -> dict[str, np.ndarray]:
@@ -83,12 +79,6 @@ def score_model(name: str, scores: list[Score]) -> dict[str, np.ndarray]:
     with placed(model, device=best_device()):
         encoder = PairEncoder(model, progress=True)
         return {key: values for score in scores for key, values in score(encoder).items()}
-
-
-def _open(name: str, folder: Path, max_pairs: int | None) -> Score:
-    if name == IMAGENET:
-        return open_imagenet(folder, max_pairs)
-    return _retrieval(name, folder, KARPATHY[name], max_pairs)
 
 
 def open_imagenet(folder: Path, max_pairs: int | None) -> Score:

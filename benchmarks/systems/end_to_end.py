@@ -56,6 +56,7 @@ from benchmarks.result_files import (
     RESULTS,
     code_version,
     device_name,
+    group_rows,
     markdown_table,
     read_csv,
     write_csv,
@@ -115,23 +116,8 @@ class Setting:
         )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The measurements of one run."""
-
-    seconds: float
-    first_step: float
-    pairs_per_second: float
-    step_ms: float
-    peak_mib: float
-    verdict: str | None
-    residue: float | None
-    bound: float = 0.0
-    cpu_seconds: float = 0.0
-
-
-def measure(implementation: str, setting: Setting) -> Sample:
-    """Carry out one run in this process."""
+def measure(implementation: str, setting: Setting) -> dict[str, Any]:
+    """Carry out one run in this process; return its measurements."""
     # Its text features choose the neighbours; and what this loads is loaded for both.
     sets = build_sets(setting.concept, original=setting.model, seed=setting.seed)
     peak = PeakMemory(setting.device)
@@ -157,17 +143,17 @@ def measure(implementation: str, setting: Setting) -> Sample:
     )
     pairs = min(setting.batch_size, len(sets.retain))
     pairs += min(setting.forget_batch_size, len(sets.forget))
-    return Sample(
-        seconds=seconds,
-        first_step=step_ends[0] - started,
-        pairs_per_second=setting.steps * pairs / seconds,
-        step_ms=1e3 * float(np.median([b - a for a, b in pairwise(step_ends)])),
-        peak_mib=peak_bytes / 2**20,
-        verdict=evaluation.verdict,
-        residue=evaluation.residue,
-        bound=bound,
-        cpu_seconds=cpu_seconds,
-    )
+    return {
+        "seconds": seconds,
+        "first_step": step_ends[0] - started,
+        "pairs_per_second": setting.steps * pairs / seconds,
+        "step_ms": 1e3 * float(np.median([b - a for a, b in pairwise(step_ends)])),
+        "peak_mib": peak_bytes / 2**20,
+        "verdict": evaluation.verdict,
+        "residue": evaluation.residue,
+        "bound": bound,
+        "cpu_seconds": cpu_seconds,
+    }
 
 
 def _repeat_blocks(encoder: DualEncoder, layers: int) -> None:
@@ -190,15 +176,15 @@ def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
     forward = whole.get_total_flops()
     trained = forward
     if setting.tune != "all":
+        # Not below: a new split tries two empty pairs, up to the last frozen block.
+        given = (("image", pixels), ("text", tokens))
+        splits = [(SplitTower(encoder, tower, setting.tune), each) for tower, each in given]
         with FlopCounterMode(display=False) as upper:
-            for tower, given in (("image", pixels), ("text", tokens)):
-                split = SplitTower(encoder, tower, setting.tune)
+            for split, each in splits:
                 rows = torch.zeros(_BOUND_ROWS, split.width, device=encoder.device)
-                texts = given.index([0] * len(rows)) if isinstance(given, Tokens) else None
+                texts = each.index([0] * len(rows)) if isinstance(each, Tokens) else None
                 Halfway(split, rows, texts).finish()
-        # The splits have tried two empty pairs each, up to the last frozen block and without a
-        # graph; what they ran is not part of it.
-        trained = (upper.get_total_flops() - _probes(encoder, setting.tune)) // _BOUND_ROWS
+        trained = upper.get_total_flops() // _BOUND_ROWS
     drawn = ((setting.batch_size, len(sets.retain)), (setting.forget_batch_size, len(sets.forget)))
     pairs = sum(setting.steps * min(size, count) for size, count in drawn)
     distinct = sum(min(count, setting.steps * size) for size, count in drawn)
@@ -206,13 +192,6 @@ def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
     naive = pairs * (2 * forward + 2 * trained)
     own = pairs * 3 * trained + distinct * (forward - trained) + retained * trained
     return naive / own
-
-
-def _probes(encoder: DualEncoder, tune: str) -> int:
-    with FlopCounterMode(display=False) as counter:
-        for tower in ("image", "text"):
-            SplitTower(encoder, tower, tune)
-    return counter.get_total_flops()
 
 
 def _run_fasterase(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> list[float]:
@@ -265,10 +244,9 @@ def summarise(rows: list[dict[str, str]]) -> str:
     An advantage is a ratio of medians; it is bold where the intervals from the 20th to the 80th
     percentile of at least three runs each do not overlap.
     """
-    blocks: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    for row in rows:
-        blocks.setdefault(_place(row), []).append(row)
-    return "\n".join(_table(block) for block in blocks.values())
+    names = [field.name for field in fields(Setting)]
+    blocks = group_rows(rows, *names, "gpu_name", "threads")
+    return "\n".join(map(_table, blocks.values()))
 
 
 def _table(rows: list[dict[str, str]]) -> str:
@@ -313,12 +291,6 @@ def _advantage(own: list[float], naive: list[float], is_larger_better: bool) -> 
     return f"**{text}**" if is_clear else text
 
 
-def _place(row: dict[str, str]) -> tuple[str, ...]:
-    """Equal for rows that compare."""
-    names = [field.name for field in fields(Setting)]
-    return tuple(row[name] for name in (*names, "gpu_name", "threads"))
-
-
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if args.threads:
@@ -330,7 +302,8 @@ def main(argv: list[str] | None = None) -> None:
         "gpu_name": device_name(setting.device),
         "threads": str(torch.get_num_threads()),
     }
-    done = {(row["implementation"], row["repeat"]) for row in rows if _place(row) == _place(here)}
+    same = [row for row in rows if here.items() <= row.items()]
+    done = {(row["implementation"], row["repeat"]) for row in same}
     # Each round starts with another one, so that a drift of the machine affects both alike.
     order = [
         (name, str(repeat))
@@ -342,20 +315,14 @@ def main(argv: list[str] | None = None) -> None:
     ):
         load = os.getloadavg()[0]
         sample = call_in_process(measure, name, setting, seconds=_LIMIT_SECONDS, preload=[])
-        measured = {key: _text(value) for key, value in asdict(sample).items()}
+        measured = {k: f"{v:.6g}" if isinstance(v, float) else v or "" for k, v in sample.items()}
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         row = {"implementation": name, "repeat": repeat, **here, **measured, "load": f"{load:.1f}"}
         versions = {"torch": torch.__version__, "version": code_version()}
         rows.append({**row, **versions, "timestamp": now})
         write_csv(args.output, rows)
     print(f"{len(rows)} rows in {args.output}\n")
-    print(summarise([row for row in rows if _place(row) == _place(here)]))
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    print(summarise([row for row in rows if here.items() <= row.items()]))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,6 @@
 """Erasures by models with random weights: against the plan, and by the engines of several GPUs.
 
-    python -m benchmarks.systems.gpu_erasures plan
-    python -m benchmarks.systems.gpu_erasures ranks
+    python -m benchmarks.systems.gpu_erasures plan|ranks
 
 "plan" runs a few steps of `unlearn` with a ViT-B/32 and a ViT-L/14, each in a process of its own,
 and compares peak memory and the time of a step with what `fasterase.plan` says. "ranks" runs the
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,10 +25,10 @@ import fasterase
 from benchmarks.command import exit_with, mode_parser
 from benchmarks.processes import MeasurementError, call_in_process
 from benchmarks.result_files import forget_rows, measure_once
-from benchmarks.systems.plan_memory import random_pairs
+from benchmarks.systems.plan_memory import erase_random, random_pairs
 from fasterase.demo import emoji
 from fasterase.models.load import load_architecture
-from fasterase.planner.count import PeakMemory, with_random_weights
+from fasterase.planner.count import PeakMemory
 
 # Without a GPU.
 _SMALL = "demo"
@@ -86,27 +84,14 @@ def run(case: Case) -> dict[str, Any]:
     meta = load_architecture(case.where)
     pairs = random_pairs(meta, case.retain + case.forget)
     memory = PeakMemory(case.device)
-    model = with_random_weights(meta, device=case.device).module
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = fasterase.unlearn(
-            model,
-            pairs[: case.forget],
-            pairs[case.forget :],
-            max_steps=case.steps,
-            lr=1e-6,
-            evaluation=None,
-            progress=False,
-            num_workers=0,
-            **case.settings,
-        )
+    history = erase_random(meta, pairs, steps=case.steps, num_workers=0, **case.settings).history
     # The first steps compile, and choose algorithms.
-    seconds = [record.seconds for record in result.history][case.steps // 3 :]
+    seconds = [record.seconds for record in history][case.steps // 3 :]
     return {
         "peak_mb": memory.bytes() / 1e6,
         "step_ms": 1e3 * float(np.median(seconds)),
-        "loss": float(result.history[-1].total),
-        "applied": all(record.applied for record in result.history),
+        "loss": float(history[-1].total),
+        "applied": all(record.applied for record in history),
     }
 
 
@@ -135,9 +120,8 @@ def measure(case: Case, mode: str, expected: float | None) -> list[dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = mode_parser(
-        __doc__, "benchmarks.systems.gpu_erasures", ("plan", "ranks"), "gpu_erasures.csv"
-    )
+    modes = ("plan", "ranks")
+    parser = mode_parser(__doc__, "benchmarks.systems.gpu_erasures", modes, "gpu_erasures.csv")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.fresh:
@@ -146,9 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     is_good = True
     for case in cases(args.mode, device):
         thing = {"check": args.mode, **case._asdict()}
-        (row,) = measure_once(
-            args.output, thing, device, partial(measure, case, args.mode, expected)
-        )
+        measured = partial(measure, case, args.mode, expected)
+        (row,) = measure_once(args.output, thing, device, measured)
         print(row, flush=True)
         if args.mode == "ranks" and expected is None:
             expected = float(row.get("loss") or "nan")

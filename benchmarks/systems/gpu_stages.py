@@ -69,6 +69,7 @@ class Context(NamedTuple):
     is_fresh: bool = False  # what is measured is measured again
 
 
+# Its command, or why it has none.
 Command = Callable[[Context], "list[str] | str"]
 
 
@@ -78,7 +79,7 @@ class Stage:
 
     about: str  # what it does
     seconds: int  # planned, after which it is ended
-    command: Command  # its command, or why it has none
+    command: Command
     needs_gpu: bool = True  # without one it is skipped
     is_extra: bool = False  # it runs only when it is named
 
@@ -87,16 +88,16 @@ def _python(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def _fresh(context: Context) -> tuple[str, ...]:
-    return ("--fresh",) if context.is_fresh else ()
+def _output(context: Context, file: str) -> tuple[object, ...]:
+    return "--output", context.results / file, *(("--fresh",) if context.is_fresh else ())
 
 
-def _check(mode: str, *, module: str = "gpu_checks", file: str = "") -> Command:
-    """Return the command of a mode of a module beside this one, which writes a result file."""
+def _module(name: str, *options: object, file: str = "") -> Command:
+    """Return the command of a module beside this one, which may write a result file."""
 
     def command(context: Context) -> list[str]:
-        output = ("--output", context.results / file, *_fresh(context)) if file else ()
-        return _python(f"benchmarks.systems.{module}", mode, *output)
+        output = _output(context, file) if file else ()
+        return _python(f"benchmarks.systems.{name}", *options, *output)
 
     return command
 
@@ -113,10 +114,11 @@ def _sanitizer(tool: str) -> Command:
     def command(context: Context) -> list[str] | str:
         program = _python("benchmarks.systems.gpu_checks", "small")
         found = shutil.which("compute-sanitizer")
-        if found is None and not context.is_dry:
+        if context.is_dry:
+            return program
+        if found is None:
             return "compute-sanitizer is not on PATH; it comes with the CUDA toolkit"
-        options = [str(found), "--tool", tool, "--error-exitcode", "9"]
-        return program if context.is_dry else [*options, *program]
+        return [found, "--tool", tool, "--error-exitcode", "9", *program]
 
     return command
 
@@ -131,7 +133,7 @@ def _loss(*options: object, dtype: str = "bfloat16", providers: tuple[str, ...] 
             where += ("--sizes", 24, "--error-size", 24, "--widths", 16, "--seconds", 0)
             where += ("--min-samples", 1, "--max-samples", 1)
         names = providers or (*_OWN, *_PEERS)
-        output = ("--output", context.results / "contrastive_cuda.csv", *_fresh(context))
+        output = _output(context, "contrastive_cuda.csv")
         return _python("benchmarks.loss", *where, "--providers", *names, *output)
 
     return command
@@ -140,11 +142,6 @@ def _loss(*options: object, dtype: str = "bfloat16", providers: tuple[str, ...] 
 def _speed(dtype: str, *sizes: int) -> Command:
     metrics = ("--metrics", "speed", "memory", "--labels", "without", "--seconds", 0.2)
     return _loss(*metrics, "--widths", 768, 512, 1280, "--sizes", *sizes, dtype=dtype)
-
-
-def _end_to_end(context: Context) -> list[str]:
-    options = ("--device", "cuda", "--output", context.results / "end_to_end.csv")
-    return _python("benchmarks.systems.end_to_end", *options)
 
 
 def _cost_model(context: Context) -> list[str] | str:
@@ -164,34 +161,31 @@ _ERRORS = ("--metrics", "error", "--error-size", 1024, 4096, 16384, 65536, "--wi
 _COMPILED = ("--metrics", "speed", "--labels", "without", "--sizes", 4096, 16384, "--widths", 768)
 _SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 # Most valuable first.
+_CHECKS, _ERASURES = "gpu_checks.csv", "gpu_erasures.csv"
 STAGES = {
-    "warm": Stage("compile the kernels, 16 at a time", 150, _check("warm", module="gpu_kernels")),
+    "warm": Stage("compile the kernels, 16 at a time", 150, _module("gpu_checks", "warm")),
     "tests": Stage("the tests that need a GPU", 300, _tests),
-    "small": Stage("one small call of each kind", 40, _check("small")),
+    "small": Stage("one small call of each kind", 40, _module("gpu_checks", "small")),
     "errors": Stage("errors against fp64, up to 65,536 pairs", 150, _loss(*_ERRORS)),
     "speed": Stage("bf16 losses against every peer", 420, _speed("bfloat16", *_SIZES)),
-    "kernels": Stage(
-        "time of each kernel",
-        60,
-        _check("kernels", module="gpu_kernels", file="gpu_checks.csv"),
-    ),
+    "kernels": Stage("time of each kernel", 60, _module("gpu_checks", "kernels", file=_CHECKS)),
     "tiles": Stage(
-        "the fastest tile of each kernel",
-        300,
-        _check("tiles", module="gpu_tiles", file="gpu_tiles.json"),
+        "the fastest tile of each kernel", 300, _module("gpu_tiles", "tiles", file="gpu_tiles.json")
     ),
-    "graphs": Stage("steps replayed as CUDA graphs", 60, _check("graphs", file="gpu_checks.csv")),
+    "graphs": Stage(
+        "steps replayed as CUDA graphs", 60, _module("gpu_checks", "graphs", file=_CHECKS)
+    ),
     "erasures": Stage(
         "unlearn against the plan's memory and time",
         360,
-        _check("plan", module="gpu_erasures", file="gpu_erasures.csv"),
+        _module("gpu_erasures", "plan", file=_ERASURES),
     ),
     "ranks": Stage(
-        "NCCL and DeepSpeed on one rank",
-        150,
-        _check("ranks", module="gpu_erasures", file="gpu_erasures.csv"),
+        "NCCL and DeepSpeed on one rank", 150, _module("gpu_erasures", "ranks", file=_ERASURES)
     ),
-    "repeats": Stage("the same bits every time", 60, _check("repeats", file="gpu_checks.csv")),
+    "repeats": Stage(
+        "the same bits every time", 60, _module("gpu_checks", "repeats", file=_CHECKS)
+    ),
     "model": Stage("the cost model against the measurements", 20, _cost_model, needs_gpu=False),
     "memcheck": Stage("compute-sanitizer: accesses out of bounds", 120, _sanitizer("memcheck")),
     "racecheck": Stage("compute-sanitizer: races in shared memory", 150, _sanitizer("racecheck")),
@@ -203,7 +197,12 @@ STAGES = {
         _loss(*_COMPILED, providers=("fasterase-triton", "torch-dense", "open_clip-compiled")),
         is_extra=True,
     ),
-    "end-to-end": Stage("unlearn against a plain loop", 480, _end_to_end, is_extra=True),
+    "end-to-end": Stage(
+        "unlearn against a plain loop",
+        480,
+        _module("end_to_end", "--device", "cuda", file="end_to_end.csv"),
+        is_extra=True,
+    ),
 }
 
 
@@ -279,35 +278,28 @@ def run_command(
     Return its code, None if it was ended after so many seconds, and what it said. No process of its
     group outlives this call.
     """
-    said: list[bytes] = [f"\n$ {' '.join(command)}\n".encode()]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log.open("ab") as file,
-        subprocess.Popen(
+    with log.open("ab") as file, log.open("rb") as written:
+        file.write(f"\n$ {' '.join(command)}\n".encode())
+        file.flush()
+        began = written.seek(0, os.SEEK_END)
+        deadline, is_late = time.monotonic() + seconds, False
+        child = subprocess.Popen(
             command,
             cwd=ROOT,
-            stdout=subprocess.PIPE,
+            stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=_environment(command, context),
-        ) as child,
-    ):
-        file.write(said[0])
-        assert child.stdout is not None
-        os.set_blocking(child.stdout.fileno(), False)
-        deadline = time.monotonic() + seconds
-        is_late = False
+        )
         try:
             while True:
                 code = child.poll()
-                text = child.stdout.read() or b""
-                said.append(text)
-                file.write(text)
-                file.flush()
-                sys.stdout.write(text.decode(errors="replace"))
+                sys.stdout.write(written.read().decode(errors="replace"))
                 sys.stdout.flush()
                 if code is not None:
-                    return (None if is_late else code), b"".join(said).decode(errors="replace")
+                    written.seek(began)
+                    return (None if is_late else code), written.read().decode(errors="replace")
                 if time.monotonic() > deadline:
                     # Benchmarks have written all finished cells by then.
                     _kill_group(child)
@@ -315,6 +307,7 @@ def run_command(
                 time.sleep(0.1)
         finally:
             _kill_group(child)
+            child.wait()
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:

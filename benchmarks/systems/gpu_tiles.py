@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import exit_with, mode_parser
-from benchmarks.loss.case import Case
+from benchmarks.loss.case import Case, make_inputs
 from benchmarks.loss.measure import clock
 from benchmarks.processes import MeasurementError, call_all, describe_error
 from benchmarks.result_files import measured_on
-from benchmarks.systems.gpu_kernels import PROCESSES, make_step
+from benchmarks.systems.gpu_checks import PROCESSES, make_step
 from fasterase.files import write_text
 from fasterase.ops.contrastive import triton_plan
 from fasterase.ops.contrastive.triton_plan import Tile
@@ -93,7 +93,7 @@ _planned: dict[tuple[str, bool], Tile | None] = {}
 @functools.cache
 def planned_gradient(case: Case) -> Tensor:
     """Return the gradient of the images by a step with the planned tiles."""
-    return make_step(case)()[0]
+    return make_step(case, make_inputs(case))()[0]
 
 
 def measure(
@@ -107,7 +107,7 @@ def measure(
         expected = planned_gradient(cases[0]) if is_checked else None
         use(kernel, tile)
         for case in cases:
-            step = make_step(case)
+            step = make_step(case, make_inputs(case))
             with warnings.catch_warnings():
                 # A launch that does not fit warns and takes fewer stages, as planned tiles may.
                 if not is_planned:
@@ -128,7 +128,7 @@ def measure(
 
 def compile_candidate(candidate: Candidate, device: str) -> str:
     """Compile a candidate's kernels in this process, into Triton's cache on disk."""
-    cases = [_case(candidate[0], n, device) for n in _sizes(device, is_small=True)]
+    cases = _cases(candidate[0], device, is_small=True)
     return str(measure(candidate, cases, 1, is_checked=False).get("why", "compiled"))
 
 
@@ -147,14 +147,12 @@ def fastest(measured: list[dict[str, Any]]) -> dict[str, list[int]]:
     return found
 
 
-def _sizes(device: str, *, is_small: bool = False) -> tuple[int, ...]:
-    return (24,) if device == "cpu" else (4096,) if is_small else (8192, 32768)
-
-
-def _case(kernel: str, n: int, device: str) -> Case:
-    on_gpu = device == "cuda"
-    width, dtype = (768, "bfloat16") if on_gpu else (64, "float16")
-    return Case(n, width, dtype, kl=KERNELS[kernel], device=device)
+def _cases(kernel: str, device: str, *, is_small: bool = False) -> list[Case]:
+    kl = KERNELS[kernel]
+    if device == "cpu":
+        return [Case(24, 64, "float16", kl=kl, device=device)]
+    sizes = (4096,) if is_small else (8192, 32768)
+    return [Case(n, 768, "bfloat16", kl=kl, device=device) for n in sizes]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     if device == "cuda" and todo:
         call_all(compile_candidate, todo, device, processes=PROCESSES)
     for candidate in todo:
-        cases = [_case(candidate[0], n, device) for n in _sizes(device)]
+        cases = _cases(candidate[0], device)
         measured.append(measure(candidate, cases, 10 if device == "cuda" else 1))
         print(measured[-1], flush=True)
         table["tiles"] = {architecture(): fastest(measured)}

@@ -43,15 +43,6 @@ def fetch(folder: Path, also: list[str]) -> None:
 
     They replace those of the same packages in the folder.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as fetched:
-        _fetch(fetched, also)
-        for wheel in Path(fetched).glob("*.whl"):
-            for other in folder.glob(f"{wheel.name.split('-')[0]}-*.whl"):
-                other.unlink()
-            wheel.replace(folder / wheel.name)
-
-
-def _fetch(folder: str, also: list[str]) -> None:
     bounded = {re.split(r"[^\w.-]", each)[0]: each for each in requires("fasterase") or ()}
     packages, sources = (
         [bounded.get(name, name).split(";")[0].strip() for name in names]
@@ -59,11 +50,15 @@ def _fetch(folder: str, also: list[str]) -> None:
     )
     wanted = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"]
     wanted += [f"--platform={name}_x86_64" for name in _PLATFORMS]
-    _pip("download", "--no-deps", *wanted, "--dest", folder, *packages, *also)
-    _pip("download", *wanted, "--dest", folder, *WITH_DEPENDENCIES)
-    # With the torch that is here: its setup asks for one.
-    built = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
-    _pip(*built, *sources)
+    with tempfile.TemporaryDirectory(dir=folder) as fetched:
+        _pip("download", "--no-deps", *wanted, "--dest", fetched, *packages, *also)
+        _pip("download", *wanted, "--dest", fetched, *WITH_DEPENDENCIES)
+        # With the torch that is here: its setup asks for one.
+        _pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", fetched, *sources)
+        for wheel in Path(fetched).glob("*.whl"):
+            for other in folder.glob(f"{wheel.name.split('-')[0]}-*.whl"):
+                other.unlink()
+            wheel.replace(folder / wheel.name)
 
 
 def _pip(*arguments: str) -> None:

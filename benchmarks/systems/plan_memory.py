@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,23 +27,16 @@ from fasterase.planner.count import PeakMemory, with_random_weights
 
 RETAIN, FORGET = 5, 2
 _M_MMAP_THRESHOLD = -3  # of mallopt, <malloc.h>
-
-
-class Case(NamedTuple):
-    """A run: an architecture, and settings of `UnlearnConfig`."""
-
-    model: str
-    settings: dict[str, Any]
-
-
-CASES = [
-    Case("ViT-S-16", {}),
-    Case("RN50", {}),
-    Case("convnext_tiny", {}),
-    Case("ViT-S-16", {"micro_batch_size": 3}),
-    Case("ViT-S-16", {"activation_checkpointing": True}),
-    Case("ViT-S-16", {"tune": "last:3"}),
+# Architectures and settings of `UnlearnConfig`.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("ViT-S-16", {}),
+    ("RN50", {}),
+    ("convnext_tiny", {}),
+    ("ViT-S-16", {"micro_batch_size": 3}),
+    ("ViT-S-16", {"activation_checkpointing": True}),
+    ("ViT-S-16", {"tune": "last:3"}),
 ]
+SIZES: dict[str, Any] = {"batch_size": RETAIN, "forget_batch_size": FORGET}
 
 
 def measure_peak(model: str, settings: dict[str, Any]) -> int:
@@ -53,11 +46,11 @@ def measure_peak(model: str, settings: dict[str, Any]) -> int:
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     # Whatever the first run in a process brings.
     small = load_architecture("ViT-S-32-alt")
-    _erase(small, random_pairs(small, FORGET + RETAIN), {})
+    erase_random(small, random_pairs(small, FORGET + RETAIN), steps=2, **SIZES)
     meta = load_architecture(model)
     pairs = random_pairs(meta, FORGET + RETAIN)
     memory = PeakMemory("cpu")
-    _erase(meta, pairs, settings)
+    erase_random(meta, pairs, steps=2, **SIZES, **settings)
     return memory.bytes()
 
 
@@ -73,53 +66,50 @@ def random_pairs(model: DualEncoder, count: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _erase(
-    model: DualEncoder, pairs: list[tuple[Tensor, Tensor]], settings: dict[str, Any]
-) -> None:
+def erase_random(
+    model: DualEncoder,
+    pairs: list[tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    forget_batch_size: int,
+    device: str = "cpu",
+    **settings: Any,
+) -> fasterase.UnlearnResult:
+    """Erase from an architecture with random weights; the first pairs are those to forget."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fasterase.unlearn(
-            with_random_weights(model, device="cpu").module,
-            pairs[:FORGET],
-            pairs[FORGET:],
-            max_steps=2,
+        return fasterase.unlearn(
+            with_random_weights(model, device=device).module,
+            pairs[:forget_batch_size],
+            pairs[forget_batch_size:],
+            max_steps=steps,
             lr=1e-6,
-            batch_size=RETAIN,
-            forget_batch_size=FORGET,
+            forget_batch_size=forget_batch_size,
+            device=device,
             evaluation=None,
             progress=False,
             **settings,
         )
 
 
-def planned_peak(model: str, settings: dict[str, Any]) -> int:
-    """Return what the plan says."""
-    plan = fasterase.plan(
-        model,
-        RETAIN,
-        forget=FORGET,
-        device="cpu",
-        gpu_memory=1000,
-        batch_size=RETAIN,
-        forget_batch_size=FORGET,
-        **settings,
-    )
-    return plan.setup.peak_bytes
-
-
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "plan_memory.csv")
-    parser.add_argument("--only", help="a model", choices=sorted({each.model for each in CASES}))
+    known = sorted({model for model, _ in CASES})
+    parser.add_argument("--only", help="a model", choices=known)
     arguments = parser.parse_args()
     rows = []
-    for case in CASES:
-        if arguments.only not in (None, case.model):
+    for model, settings in CASES:
+        if arguments.only not in (None, model):
             continue
-        measured = call_in_process(measure_peak, *case, seconds=3600, preload=["fasterase.api"])
-        planned = planned_peak(*case)
-        named = " ".join(f"{name}={value}" for name, value in case.settings.items())
-        row = {"model": case.model, "settings": named, "planned_mb": f"{planned / 1e6:.0f}"}
+        measured = call_in_process(
+            measure_peak, model, settings, seconds=3600, preload=["fasterase.api"]
+        )
+        here: dict[str, Any] = {"device": "cpu", "gpu_memory": 1000, **SIZES, **settings}
+        plan = fasterase.plan(model, RETAIN, forget=FORGET, **here)
+        planned = plan.setup.peak_bytes
+        named = " ".join(f"{name}={value}" for name, value in settings.items())
+        row = {"model": model, "settings": named, "planned_mb": f"{planned / 1e6:.0f}"}
         row |= {"measured_mb": f"{measured / 1e6:.0f}"}
         rows.append({**row, "planned/measured": f"{planned / measured:.3f}"})
         print(*rows[-1].values(), sep="\t", flush=True)

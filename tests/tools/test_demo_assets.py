@@ -12,7 +12,7 @@ from PIL import Image
 from fasterase.demo import emoji
 from tools.demo_assets import pack
 from tools.demo_assets.small_clip import IMAGE_SIZE
-from tools.demo_assets.train_data import augment
+from tools.demo_assets.train import augment
 
 
 def test_training_step_draws_depend_on_seed_and_step_alone() -> None:

@@ -9,7 +9,6 @@ give the same bytes: sorted keys, fixed times and owners.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import random
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.command import new_parser
 from fasterase.demo.emoji import DATA, DEFAULT_FORGET, EmojiInfo
 from fasterase.files import replace_file
 
@@ -178,7 +178,7 @@ def write_shards(concepts: list[EmojiInfo], team: str, folder: Path, output: Pat
 
 def main(arguments: list[str] | None = None) -> None:
     """Download, select, encode and write everything to the output folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, default=DATA, help="folder for the shards")
     output = parser.parse_args(arguments).output
     (output / "licenses").mkdir(parents=True, exist_ok=True)

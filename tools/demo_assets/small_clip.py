@@ -116,10 +116,7 @@ def save(model: nn.Module, tokenizer: Any, output: Path) -> None:
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-    config = {
-        "model_cfg": model_config(tokenizer.get_vocab_size()),
-        "preprocess_cfg": preprocess,
-    }
+    config = {"model_cfg": model_config(tokenizer.get_vocab_size()), "preprocess_cfg": preprocess}
     files = {"tokenizer_config.json": tokenizer_config, "open_clip_config.json": config}
     for name, content in files.items():
         write_text(output / name, json.dumps(content, indent=2) + "\n")

@@ -10,28 +10,40 @@ when started again. The output folder is a plain open_clip model that `local-dir
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.command import new_parser
 from fasterase.demo.emoji import (
     DEFAULT_FORGET,
     TEAMS,
     TRAIN_TEAMS,
+    EmojiInfo,
     class_name,
     naming_captions,
+    samples,
 )
 from fasterase.errors import InputError
 from fasterase.files import replace_file, write_text
-from tools.demo_assets.small_clip import build_model, build_tokenizer, model_config, save, tokenize
-from tools.demo_assets.train_data import Pairs, augment, find_classes, load_pairs
+from tools.demo_assets.small_clip import (
+    MEAN,
+    STD,
+    build_model,
+    build_tokenizer,
+    model_config,
+    save,
+    tokenize,
+)
 
 LEARNING_RATE = 1.5e-3
 BETAS = (0.9, 0.98)
@@ -42,6 +54,70 @@ MAX_SCALE = 100.0
 CLASS_WEIGHT = 0.3
 
 CHECKPOINT_EVERY = 100
+
+# Light augmentation: uniform within these bounds.
+ROTATION_DEGREES = 15.0
+SHIFT = 0.12  # of the half width
+ZOOM = (0.8, 1.15)
+
+
+class Pairs(NamedTuple):
+    """All drawings in memory; the records are in the order of the concepts."""
+
+    images: Tensor  # [teams, concepts, 3, 64, 64], normalised
+    records: list[EmojiInfo]  # one per concept
+
+
+def load_pairs(teams: tuple[str, ...]) -> Pairs:
+    """Decode the teams' shards; every team has the same concepts in the same order."""
+    rows: list[np.ndarray] = []
+    records: list[EmojiInfo] = []
+    for team in teams:
+        found = list(samples(team))
+        records = [record for record, _ in found]
+        rows += [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for _, png in found]
+    pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float().div_(255)
+    images = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return Pairs(images.unflatten(0, (len(teams), len(records))), records)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate, shift and scale each image of [B, 3, H, W] at random, on white."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(len(images), *shape, generator=generator) * (high - low) + low
+
+    angle = uniform(-ROTATION_DEGREES, ROTATION_DEGREES).deg2rad()
+    zoom = uniform(*ZOOM)
+    rows = [
+        torch.stack([angle.cos() / zoom, -angle.sin() / zoom], dim=1),
+        torch.stack([angle.sin() / zoom, angle.cos() / zoom], dim=1),
+    ]
+    affine = torch.cat([torch.stack(rows, dim=1), uniform(-SHIFT, SHIFT, 2, 1)], dim=2)
+    grid = functional.affine_grid(affine, list(images.shape), align_corners=False)
+    # grid_sample pads with 0; white is +1 here.
+    return functional.grid_sample(images - 1, grid, align_corners=False) + 1
+
+
+class Classes(NamedTuple):
+    """Group and subgroup names as zero-shot classes."""
+
+    groups: list[str]
+    subgroups: list[str]
+    group_of: Tensor  # [concepts]
+    subgroup_of: Tensor  # [concepts]
+
+
+def find_classes(records: list[EmojiInfo]) -> Classes:
+    """Return the classes of these records, sorted."""
+    groups = sorted({record["group"] for record in records})
+    subgroups = sorted({record["subgroup"] for record in records})
+    return Classes(
+        groups,
+        subgroups,
+        torch.tensor([groups.index(record["group"]) for record in records]),
+        torch.tensor([subgroups.index(record["subgroup"]) for record in records]),
+    )
 
 
 def training_loss(
@@ -186,9 +262,7 @@ def measure(model: Any, tokenizer: Any, pairs: Pairs, teams: tuple[str, ...]) ->
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, save and measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
     parser.add_argument("--without", help="group or subgroup to leave out of training")
     parser.add_argument("--steps", type=int, default=1600)

@@ -24,65 +24,55 @@ USUAL_RATIO = 1.25
 Predict = Callable[[Gpu, int, int, bool], float]
 
 
-def select(path: Path) -> list[Row]:
-    """Return the measured steps of fasterase's Triton backend in half precision.
+def select(path: Path) -> list[tuple[Row, Gpu]]:
+    """Return the measured steps of fasterase's Triton backend in half precision, and their GPUs.
 
     Raises:
         InputError: there are none, or only those of GPUs that the model does not know.
     """
-    measured = [row for row in read_rows(path) if _is_step(row)]
+    step = ("fasterase-triton", "speed", "full")
+    measured = [
+        row
+        for row in read_rows(path)
+        if (row.kernel_provider, row.metric_name, row.kernel_operation_mode) == step
+        and row.y_value_50 is not None
+        and row.extra["dtype"] in _HALVES
+        and not row.extra["labels"]
+    ]
     if not measured:
         raise InputError(
             f"--against: {path} has no times of fasterase-triton, forward and backward, in half "
             "precision. Give what python -m benchmarks.loss --device cuda wrote."
         )
-    found = [row for row in measured if _gpu(row) is not None]
-    if not found:
+    known = [(row, gpu) for row in measured for word, gpu in _GPUS.items() if word in row.gpu_name]
+    if not known:
         names = ", ".join(sorted({row.gpu_name for row in measured}))
         raise InputError(f"--against: the model knows {' and '.join(_GPUS)}; {path} has {names}.")
-    return found
+    return known
 
 
 def compare(path: Path, predict: Predict | None = None) -> list[dict[str, Any]]:
     """Return one row per measured step, as `select` finds them, with its predicted time."""
-    found = [_compare_row(row, predict or predict_step) for row in select(path)]
+    found = []
+    for row, gpu in select(path):
+        width, kl, measured = row.extra["D"], row.extra["kl"], row.y_value_50
+        assert measured is not None
+        predicted = (predict or predict_step)(gpu, row.x_value, width, kl)
+        flops = (12 if kl else 8) * row.x_value**2 * width
+        line: dict[str, Any] = {"gpu": row.gpu_name, "dtype": row.extra["dtype"]}
+        line |= {"kl": kl, "width": width}
+        line |= {"n": row.x_value, "predicted_ms": predicted, "measured_ms": measured}
+        line |= {"measured_p20": row.y_value_20, "measured_p80": row.y_value_80}
+        for name, spent in (("of_peak", measured), ("of_peak_predicted", predicted)):
+            line |= {"ratio": measured / predicted, name: flops / spent / 1e-3 / gpu.peak_flops}
+        found.append(line)
     return sorted(found, key=lambda row: (row["dtype"], row["kl"], row["width"], row["n"]))
-
-
-def _is_step(row: Row) -> bool:
-    return (
-        (row.kernel_provider, row.metric_name, row.kernel_operation_mode)
-        == ("fasterase-triton", "speed", "full")
-        and row.y_value_50 is not None
-        and row.extra["dtype"] in _HALVES
-        and not row.extra["labels"]
-    )
-
-
-def _gpu(row: Row) -> Gpu | None:
-    return next((gpu for word, gpu in _GPUS.items() if word in row.gpu_name), None)
-
-
-def _compare_row(row: Row, predict: Predict) -> dict[str, Any]:
-    gpu = _gpu(row)
-    assert gpu is not None
-    assert row.y_value_50 is not None
-    width, kl = row.extra["D"], row.extra["kl"]
-    predicted, measured = predict(gpu, row.x_value, width, kl), row.y_value_50
-    flops = (12 if kl else 8) * row.x_value**2 * width
-    found: dict[str, Any] = {"gpu": row.gpu_name, "dtype": row.extra["dtype"]}
-    found |= {"kl": kl, "width": width}
-    found |= {"n": row.x_value, "predicted_ms": predicted, "measured_ms": measured}
-    found |= {"measured_p20": row.y_value_20, "measured_p80": row.y_value_80}
-    found |= {"ratio": measured / predicted, "of_peak": flops / measured / 1e-3 / gpu.peak_flops}
-    return {**found, "of_peak_predicted": flops / predicted / 1e-3 / gpu.peak_flops}
 
 
 def predict_step(gpu: Gpu, n: int, width: int, has_ref: bool) -> float:
     """Predict a step in milliseconds, from the kernels as they compile now."""
     # Compiling needs Triton and its tools; reading measurements does not.
-    from benchmarks.loss.gpu_model.cost_model import step_row
-    from benchmarks.loss.gpu_model.fasterase_kernels import modelled
+    from benchmarks.loss.gpu_model.cost_model import modelled, step_row
 
     sums = modelled(gpu, "sums", width, False, n)
     strip = modelled(gpu, "strip", width, has_ref, n)

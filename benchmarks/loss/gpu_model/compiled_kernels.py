@@ -10,7 +10,6 @@ shared memory, and the instruction mix in the loop over the features' depth and 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import re
 import subprocess
@@ -25,8 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.command import exit_with
-from benchmarks.loss.gpu_model.instructions import Counts, count_amd, count_nvidia
+from benchmarks.command import exit_with, new_parser
+from benchmarks.loss.gpu_model.instructions import count_amd, count_nvidia
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import triton as triton_backend
@@ -76,22 +75,6 @@ class Launch(NamedTuple):
     def tile(self) -> str:
         sizes = (self.arguments.get(f"BLOCK_{axis}") for axis in "MNK")
         return "x".join(str(size) for size in sizes if size is not None)
-
-
-class Compiled(NamedTuple):
-    """One row of the table."""
-
-    kernel: str
-    case: str
-    target: str
-    tile: str  # BLOCK_M x BLOCK_N x BLOCK_K
-    warps: int
-    stages: int
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
-    wgmma: bool
-    instructions: Counts
 
 
 def launches(
@@ -154,34 +137,28 @@ def on_gpu(architecture: str) -> Iterator[None]:
         triton_plan.plan_kernel.cache_clear()
 
 
-class Specialisation(NamedTuple):
-    """What Triton compiles a kernel for, beside the options."""
-
-    signature: dict[str, str]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], list[list[Any]]]
-
-
-def specialise(launch: Launch) -> Specialisation:
-    """Decide as `JITFunction` does for the arguments of a launch."""
-    found = Specialisation({}, {}, {})
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Return the signature, constants and attributes that `JITFunction` would compile for."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for k, parameter in enumerate(launch.kernel.params):
         value, name = launch.arguments[parameter.name], parameter.name
         is_multiple = False
         if isinstance(value, torch.Tensor):
-            found.signature[name] = _POINTERS[value.dtype]
+            signature[name] = _POINTERS[value.dtype]
             is_multiple = value.data_ptr() % 16 == 0
         elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
-            found.signature[name] = "constexpr"
-            found.constants[(k,)] = value
+            signature[name] = "constexpr"
+            constants[(k,)] = value
         elif isinstance(value, float):
-            found.signature[name] = "fp32"
+            signature[name] = "fp32"
         else:
-            found.signature[name] = "i32"
+            signature[name] = "i32"
             is_multiple = value % 16 == 0
         if is_multiple and not parameter.do_not_specialize:
-            found.attributes[(k,)] = [["tt.divisibility", 16]]
-    return found
+            attributes[(k,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
 
 
 def build(launch: Launch, target: str) -> Any:
@@ -191,14 +168,12 @@ def build(launch: Launch, target: str) -> Any:
     else:
         gpu = GPUTarget("hip", target, 64)
     return triton.compile(
-        ASTSource(launch.kernel, *specialise(launch)),
-        target=gpu,
-        options=launch.options,
+        ASTSource(launch.kernel, *specialise(launch)), target=gpu, options=launch.options
     )
 
 
-def compile_launch(launch: Launch, target: str) -> Compiled:
-    """Compile a launch and count its resources and instructions."""
+def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
+    """Compile a launch; return its row of the table: resources and numbers of instructions."""
     compiled = build(launch, target)
     if "cubin" in compiled.asm:
         registers, stack = resources(compiled.asm["cubin"])
@@ -210,19 +185,11 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
             for name in ("vgpr_count", "private_segment_fixed_size")
         )
         counts = count_amd(assembly)
-    return Compiled(
-        launch.name,
-        launch.case,
-        target,
-        launch.tile,
-        compiled.metadata.num_warps,
-        compiled.metadata.num_stages,
-        registers,
-        stack,
-        compiled.metadata.shared,
-        "wgmma" in compiled.asm.get("ptx", ""),
-        counts,
-    )
+    row: dict[str, Any] = {"kernel": launch.name, "case": launch.case, "target": target}
+    row |= {"tile": launch.tile, "warps": compiled.metadata.num_warps}
+    row["stages"] = compiled.metadata.num_stages
+    row |= {"registers": registers, "stack_bytes": stack, "shared_bytes": compiled.metadata.shared}
+    return {**row, "wgmma": "wgmma" in compiled.asm.get("ptx", ""), **counts}
 
 
 def tool_path(name: str) -> str:
@@ -274,16 +241,8 @@ def cases(target: str) -> Iterator[Launch]:
                 yield launch
 
 
-def row(compiled: Compiled) -> dict[str, Any]:
-    """Flatten a result to the columns of the CSV file."""
-    flat = compiled._asdict()
-    for place, counts in flat.pop("instructions")._asdict().items():
-        flat |= {f"{place}_{unit}": count for unit, count in counts.items()}
-    return flat
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--kernel", help="compile only this kernel")
     parser.add_argument("--target", choices=list(SHARED_LIMIT), help="compile only for this target")
     parser.add_argument("--output", type=Path, default=RESULTS / "compiled_kernels.csv")
@@ -295,16 +254,14 @@ def main(argv: list[str] | None = None) -> None:
         for launch in cases(target):
             if args.kernel not in (None, launch.name):
                 continue
-            compiled = compile_launch(launch, target)
-            rows.append(row(compiled))
-            loop = compiled.instructions.loop.items()
-            mix = " ".join(f"{unit} {count}" for unit, count in loop if count)
+            row = compile_launch(launch, target)
+            rows.append(row)
+            counts = {name: n for name, n in row.items() if name.startswith("loop_") and n}
+            mix = " ".join(f"{name.removeprefix('loop_')} {n}" for name, n in counts.items())
             print(
-                f"{compiled.kernel:34} {compiled.case:24} {target:6} {compiled.tile:12} "
-                f"{compiled.warps} warps "
-                f"{compiled.registers:4} registers {compiled.stack_bytes:4} B stack "
-                f"{compiled.shared_bytes:7} B shared {'wgmma' if compiled.wgmma else '     '} "
-                f"loop: {mix}",
+                "{kernel:34} {case:24} {target:6} {tile:12} {warps} warps {registers:4} registers "
+                "{stack_bytes:4} B stack {shared_bytes:7} B shared".format(**row),
+                f"{'wgmma' if row['wgmma'] else '     '} loop: {mix}",
                 flush=True,
             )
     if not rows:

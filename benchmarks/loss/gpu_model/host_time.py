@@ -11,7 +11,6 @@ whose arithmetic takes no time. The command writes `benchmarks/results/host_time
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.command import exit_with
+from benchmarks.command import exit_with, new_parser
 from benchmarks.loss.gpu_model.compiled_kernels import on_gpu
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.ops.contrastive import triton as triton_backend
@@ -114,7 +113,7 @@ def rows(repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "host_time.csv")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     args = parser.parse_args(argv)

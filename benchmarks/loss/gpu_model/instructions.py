@@ -49,13 +49,6 @@ _EFFECT = re.compile(r"MUFU|SHFL|BAR|LD|ST|RED|ATOM|EXIT|BRA")
 _WIDTH = {"64": 2, "128": 4, "U16": 1, "U8": 1}
 
 
-class Counts(NamedTuple):
-    """Number of instructions by unit."""
-
-    loop: dict[str, int]  # in the innermost loop with tensor-core products
-    total: dict[str, int]
-
-
 class Instructions(NamedTuple):
     """Instructions of one warp; multiply by the number of warps for a tile."""
 
@@ -82,13 +75,13 @@ class Trace(NamedTuple):
     run: Instructions | None = None  # once for all tiles that share one loop over depth, if any do
 
 
-def count_nvidia(sass: str) -> Counts:
-    """Count the instructions of a SASS listing."""
+def count_nvidia(sass: str) -> dict[str, int]:
+    """Count the instructions of a SASS listing by unit."""
     return _counts(_parse_sass(sass), _NVIDIA)
 
 
-def count_amd(assembly: str) -> Counts:
-    """Count the instructions of AMD assembly."""
+def count_amd(assembly: str) -> dict[str, int]:
+    """Count the instructions of AMD assembly by unit."""
     return _counts(_parse_amd(assembly), _AMD)
 
 
@@ -248,20 +241,20 @@ def _cost(op: _Op) -> Instructions:
     return one
 
 
-def _counts(code: list[_Op], units: dict[str, str]) -> Counts:
+def _counts(code: list[_Op], units: dict[str, str]) -> dict[str, int]:
+    """Return `loop_<unit>`, in the innermost loop with tensor-core products, and `total_<unit>`."""
     loops = [
         [op.name for op in code if jump.target <= op.at <= jump.at]
         for jump in code
         if jump.target is not None and jump.target < jump.at
     ]
-    with_products = [loop for loop in loops if _by_unit(loop, units)["tensor"]]
+    product = re.compile(units["tensor"])
+    with_products = [loop for loop in loops if any(map(product.match, loop))]
     inner = min(with_products, key=len, default=[])
-    return Counts(_by_unit(inner, units), _by_unit([op.name for op in code], units))
-
-
-def _by_unit(names: list[str], units: dict[str, str]) -> dict[str, int]:
-    counts = dict.fromkeys((*units, "other"), 0)
-    for name in names:
-        unit = next((u for u, pattern in units.items() if re.match(pattern, name)), "other")
-        counts[unit] += 1
+    counts: dict[str, int] = {}
+    for place, names in (("loop", inner), ("total", [op.name for op in code])):
+        counts |= dict.fromkeys((f"{place}_{unit}" for unit in (*units, "other")), 0)
+        for name in names:
+            unit = next((u for u, pattern in units.items() if re.match(pattern, name)), "other")
+            counts[f"{place}_{unit}"] += 1
     return counts

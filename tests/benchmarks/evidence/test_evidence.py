@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict, replace
 from shutil import copyfile
 
@@ -15,17 +14,8 @@ from benchmarks.command import TEST, VALIDATION
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import closed_form, trained
 from benchmarks.evidence.__main__ import final_setting, finalists, read_settings, settings_table
-from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text
-from benchmarks.evidence.rows import flatten, read_models
-from benchmarks.evidence.table import (
-    ATTACKED,
-    _spread,
-    as_table,
-    by_place,
-    choose,
-    damage,
-    summarise,
-)
+from benchmarks.evidence.cells import METHODS, ORIGINAL, as_text, flatten, place_of, read_models
+from benchmarks.evidence.table import ATTACKED, _spread, as_table, choose, damage, summarise
 from benchmarks.result_files import RESULTS, read_csv, write_csv
 from fasterase.errors import InputError
 
@@ -76,9 +66,10 @@ def measured(method: str, setting: dict, *, hit: float, recall: float, place: st
     scores = {name: {"concept_hit@1": hit} for name in ("forget", "forget-unseen")}
     scores |= {n: {"image_to_text_recall@1": recall} for n in ("retain", "neighbour", "holdout")}
     chance = {name: {"concept_hit@1": 0.02} for name in ("forget", "forget-unseen")}
-    words = dict.fromkeys(chance, "forgotten")
-    residues = dict.fromkeys(chance, 0.5)
-    return Measured(method, as_text(setting), place, 0, scores, chance, words, residues)
+    found = {"method": method, "setting": as_text(setting), "subgroup": place, "seed": 0}
+    found |= {"scores": scores, "chance": chance, "attacks": {}, "seconds": 0.0}
+    found["verdicts"] = dict.fromkeys(chance, "forgotten")
+    return flatten({**found, "residues": dict.fromkeys(chance, 0.5)})
 
 
 def test_the_setting_of_least_damage_on_average_is_chosen():
@@ -92,9 +83,8 @@ def test_the_setting_of_least_damage_on_average_is_chosen():
         measured("LEACE", by_concept, hit=0.5, recall=0.9),
         measured("LEACE", by_concept, hit=0.02, recall=0.8, place="y"),
     ]
-    chosen = choose(found, by_place(found))
-    assert chosen["LEACE"] == (as_text({"labels": "concepts"}), pytest.approx(0.48))
-    (before, row) = summarise([*found[:2], *found[2:4]], by_place(found))
+    assert choose(found)["LEACE"] == (as_text(by_concept), pytest.approx(0.48))
+    (before, row) = summarise(found[:4])
     assert before["retain change"] == 0
     assert row["holdout change"] == pytest.approx(-0.2)
     assert "-20.0 (-30 to -10)" in as_table([row])
@@ -145,24 +135,22 @@ def test_what_was_chosen_is_taken_again(tmp_path):
 
 
 def test_the_committed_table_has_the_committed_settings():
-    with (RESULTS / "evidence.csv").open(encoding="utf-8") as file:
-        shown = {row["method"]: row["setting"] for row in csv.DictReader(file)}
+    shown = {row["method"]: row["setting"] for row in read_csv(RESULTS / "evidence.csv")}
     methods = [METHODS[title] for title in shown if title in METHODS]
     chosen, _ = read_settings(RESULTS / "evidence_settings.csv", methods)
     assert {title: shown[title] for title in chosen} == {t: s for t, (s, _) in chosen.items()}
 
 
 def test_figures_of_attacks_are_named_as_the_attacks_name_them():
-    with (RESULTS / "attacks.csv").open(encoding="utf-8") as file:
-        known = {(row["attack"], row["figure"]) for row in csv.DictReader(file)}
-    shown = {(attack, figure) for attack, figure, _ in ATTACKED}
-    assert shown <= known
+    known = {(row["attack"], row["figure"]) for row in read_csv(RESULTS / "attacks.csv")}
+    assert {(attack, figure) for attack, figure, _ in ATTACKED} <= known
 
 
-def test_the_committed_table_is_that_of_the_committed_models():
+def test_the_committed_table_is_that_of_the_committed_models(tmp_path):
     """So methods that are not run again can be taken from there."""
-    found = read_models(RESULTS / "evidence_models.csv")
-    rows = {row["method"]: row for row in summarise(found, by_place(found))}
+    models = RESULTS / "evidence_models.csv"
+    found = read_models(models)
+    rows = {row["method"]: row for row in summarise(found)}
     committed = read_csv(RESULTS / "evidence.csv")
     assert {row["method"] for row in committed} == rows.keys()
     for row in committed:
@@ -171,12 +159,8 @@ def test_the_committed_table_is_that_of_the_committed_models():
             if row[column]:
                 assert again[column] == pytest.approx(float(row[column]), abs=1e-6)
         assert again["forget verdicts"] == row["forget verdicts"]
-    own = next(each for each in found if each.method == "fasterase")
-    place = (own.method, own.subgroup, str(own.seed))
-    rows = read_csv(RESULTS / "evidence_models.csv")
-    row = next(each for each in rows if (each["method"], each["subgroup"], each["seed"]) == place)
-    for column, value in flatten(own).items():
-        assert row[column] == str(value)
+    write_csv(tmp_path / "again.csv", found)
+    assert (tmp_path / "again.csv").read_text() == models.read_text()
 
 
 def test_seeds_of_one_concept_make_no_interval_narrower():
@@ -193,14 +177,12 @@ def test_merging_runs_the_named_methods_alone(tmp_path, monkeypatch):
 
     def run(cells, work, processes):
         ran.extend(cells)
-        return [
-            replace(each, residues=dict.fromkeys(each.residues, 0.25))
-            for each in read_models(RESULTS / "evidence_models.csv")
-            if (each.method, each.subgroup, each.seed)
-            in {(c.method, c.subgroup, c.seed) for c in cells}
-        ]
+        places = {(cell.method, cell.subgroup, cell.seed) for cell in cells}
+        again = {"forget residue": 0.25, "forget-unseen residue": 0.25}
+        rows = read_models(RESULTS / "evidence_models.csv")
+        return [row | again for row in rows if place_of(row) in places]
 
-    monkeypatch.setattr(evidence, "run_cells", run)
+    monkeypatch.setattr(evidence.cells, "run_cells", run)
     settings = ["--settings", str(RESULTS / "evidence_settings.csv")]
     evidence.main(
         ["--methods", "fasterase", "LEACE", "--merge", "--output", str(tmp_path), *settings]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.links import __main__ as links
 from benchmarks.links import erasing, models
-from benchmarks.links.measure import Features, Known
+from benchmarks.links.erasing import Features, Known
 from benchmarks.links.personas import KINDS, SENSITIVE, drawings, make_personas
 from fasterase.demo import emoji
 from fasterase.engine import pacing
@@ -126,16 +126,7 @@ def test_the_command_writes_a_row_per_model_and_figure(tmp_path, monkeypatch, ca
     links.main([*command, "--output", str(tmp_path)])
     assert "| clean |" in capsys.readouterr().out
     rows = json.loads((tmp_path / "work" / "default_seed0.json").read_text(encoding="utf-8"))
-    sets = {row["set"] for row in rows}
-    assert sets == {
-        "forget",
-        "holdout_association",
-        "holdout_identity",
-        "same number",
-        "retain",
-        erasing.USUAL,
-        erasing.ATTACKED,
-    }
+    assert {row["set"] for row in rows} == {*links.SETS, erasing.USUAL, erasing.ATTACKED}
     attacks = [row for row in rows if row["set"] == erasing.ATTACKED]
     assert len(attacks) == sum(len(keys) for keys in cheap.values())
     assert all(0 <= row["value"] <= 1 for row in attacks)

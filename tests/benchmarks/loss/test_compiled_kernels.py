@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import random
 import shutil
 
@@ -12,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks.loss.gpu_model import compiled_kernels, host_time
 from benchmarks.loss.gpu_model.instructions import count_amd
-from benchmarks.result_files import RESULTS
+from benchmarks.result_files import RESULTS, read_csv
 from fasterase.engine.loss import loss_products
 from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive.operator import Wanted
@@ -68,11 +67,10 @@ def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_wid
     launches = compiled_kernels.launches(torch.bfloat16, 768, ref_width, target)
     (launch,) = [launch for launch in launches if launch.name == name]
     compiled = compiled_kernels.compile_launch(launch, target)
-    assert compiled.wgmma == (target == "sm_90")
-    assert compiled.stack_bytes == 0
-    assert compiled.instructions.loop["tensor"] > 0
-    assert compiled.instructions.loop["local"] == 0
-    assert compiled.shared_bytes <= compiled_kernels.SHARED_LIMIT[target]
+    assert compiled["wgmma"] == (target == "sm_90")
+    assert compiled["stack_bytes"] == compiled["loop_local"] == 0
+    assert compiled["loop_tensor"] > 0
+    assert compiled["shared_bytes"] <= compiled_kernels.SHARED_LIMIT[target]
 
 
 @pytest.mark.slow
@@ -92,8 +90,8 @@ def test_fp32_features_reach_the_tensor_cores(ref_width, products):
     assert len(multiplying) == (6 if ref_width else 4)
     for launch in multiplying:
         compiled = compiled_kernels.compile_launch(launch, "sm_90")
-        assert compiled.wgmma
-        assert compiled.stack_bytes == 0
+        assert compiled["wgmma"]
+        assert compiled["stack_bytes"] == 0
     assert any(launch.arguments.get("ROUNDS") for launch in launches)
     cases = {launch.case.split(" D=")[0] for launch in compiled_kernels.cases("sm_90")}
     assert f"float32 as {products}" in cases
@@ -101,8 +99,7 @@ def test_fp32_features_reach_the_tensor_cores(ref_width, products):
 
 def test_no_kernel_of_the_committed_table_spills_or_exceeds_its_gpu():
     """All that `auto` can launch, by the table; the slow tests above compile some of it again."""
-    with (RESULTS / "compiled_kernels.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(RESULTS / "compiled_kernels.csv")
     assert {row["target"] for row in rows} == set(compiled_kernels.SHARED_LIMIT)
     for row in rows:
         assert int(row["shared_bytes"]) <= compiled_kernels.SHARED_LIMIT[row["target"]], row
@@ -182,8 +179,9 @@ def test_tiles_of_an_architecture(is_half, widths):
 
 
 def test_amd_instructions_are_counted_in_the_inner_loop_and_in_all():
-    loop, total = count_amd(AMD_LISTING)
-    in_loop = dict.fromkeys(("tensor", "shared", "global", "other"), 1)
-    assert {unit: n for unit, n in loop.items() if n} == in_loop
-    once = dict.fromkeys(("special", "shuffle", "local", "fp32"), 1)
-    assert {unit: total[unit] for unit in (*once, "other")} == {**once, "other": 3}
+    counts = count_amd(AMD_LISTING)
+    in_loop = {name: n for name, n in counts.items() if name.startswith("loop_") and n}
+    assert in_loop == {f"loop_{unit}": 1 for unit in ("tensor", "shared", "global", "other")}
+    for unit in ("special", "shuffle", "local", "fp32"):
+        assert counts[f"total_{unit}"] == 1
+    assert counts["total_other"] == 3

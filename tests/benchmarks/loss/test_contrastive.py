@@ -9,7 +9,8 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.loss import measure, sweep
+from benchmarks.loss import __main__ as sweep
+from benchmarks.loss import measure
 from benchmarks.loss.case import Case, exact_losses, flops, in_fp64, make_inputs
 from benchmarks.loss.providers import PROVIDERS, UnavailableError
 from benchmarks.loss.report import explain_share, fastest, markdown_tables

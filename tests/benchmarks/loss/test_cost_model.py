@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 
 from benchmarks.loss.gpu_model import cost_model
-from benchmarks.loss.gpu_model.fasterase_kernels import TilePath, find_launch, kernel_phases
+from benchmarks.loss.gpu_model.cost_model import TilePath, find_launch, kernel_phases
 from benchmarks.loss.gpu_model.gpu_time import (
     A100,
     H100,
@@ -23,6 +21,7 @@ from benchmarks.loss.gpu_model.gpu_time import (
 )
 from benchmarks.loss.gpu_model.instructions import Instructions, Trace, trace
 from benchmarks.loss.gpu_model.peer_kernels import published_rows, siglip_seconds
+from benchmarks.result_files import read_csv
 from fasterase.ops.contrastive.triton_plan import Tile
 
 DRAIN = 91
@@ -205,7 +204,7 @@ def test_main_writes_the_table_of_all_rows(tmp_path, monkeypatch, capsys) -> Non
     rows = list(published_rows())
     monkeypatch.setattr(cost_model, "rows", lambda n, wants_tiles: iter(rows))
     cost_model.main(["--output", str(tmp_path / "table.csv")])
-    with (tmp_path / "table.csv").open() as file:
-        assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in rows]
+    written = read_csv(tmp_path / "table.csv")
+    assert [row["name"] for row in written] == [row["name"] for row in rows]
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
     assert "memeff" in capsys.readouterr().out

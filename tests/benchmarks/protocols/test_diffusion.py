@@ -15,8 +15,7 @@ from PIL import Image
 
 from benchmarks.protocols import diffusion
 from benchmarks.protocols.__main__ import main
-from benchmarks.protocols.detector import Detector
-from benchmarks.protocols.text_to_image import TextToImage
+from benchmarks.protocols.diffusion_models import Detector, TextToImage
 from fasterase.errors import FaseraseError
 from fasterase.models.load import load_model
 from tests import small_models, tiny_diffusion

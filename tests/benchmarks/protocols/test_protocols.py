@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR100
 
 import fasterase
 from benchmarks.protocols.__main__ import PROTOCOLS, main
-from benchmarks.protocols.diffusion_report import Strip, contact_sheet
+from benchmarks.protocols.diffusion import Strip, contact_sheet
 from fasterase.errors import FaseraseError
 from fasterase.files import write_text
 from fasterase.models.load import load_model

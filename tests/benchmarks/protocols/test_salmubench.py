@@ -18,8 +18,13 @@ from pyarrow import parquet
 from torch.nn.functional import normalize
 
 from benchmarks.protocols.__main__ import main
-from benchmarks.protocols.salmubench import read_benchmark, run_salmubench
-from benchmarks.protocols.salmubench_scores import open_scores, reciprocal_ranks, told_apart
+from benchmarks.protocols.salmubench import (
+    open_scores,
+    read_benchmark,
+    reciprocal_ranks,
+    run_salmubench,
+    told_apart,
+)
 from benchmarks.protocols.utility import TOP_1
 from fasterase.encode import PairFeatures
 from fasterase.errors import FaseraseError, InputError

@@ -21,7 +21,7 @@ from benchmarks.loss.gpu_model import __main__ as gpu_model
 from benchmarks.loss.gpu_model.__main__ import compare, summarise
 from benchmarks.loss.rows import Row, write_rows
 from benchmarks.result_files import read_csv
-from benchmarks.systems import gpu_checks, gpu_erasures, gpu_kernels, gpu_stages
+from benchmarks.systems import gpu_checks, gpu_erasures, gpu_stages
 from benchmarks.systems.gpu_stages import LONGEST_SECONDS, STAGES, Context, Stage
 from fasterase.errors import InputError
 
@@ -208,7 +208,7 @@ def test_sanitizer_stages(tmp_path, monkeypatch):
 
 def test_commands_of_every_stage_are_accepted(tmp_path):
     """Nobody would notice a mistyped option before there is a GPU."""
-    from benchmarks.loss import sweep
+    from benchmarks.loss import __main__ as sweep
     from benchmarks.systems import end_to_end
 
     parsers = {
@@ -321,7 +321,7 @@ def test_a_tile_that_runs_as_another_or_computes_something_else_does_not_count(m
         return (torch.full((3, 2), gradients.get(used[-1], 1.0)),)
 
     monkeypatch.setattr(gpu_tiles, "use", lambda kernel, tile: used.append(tile))
-    monkeypatch.setattr(gpu_tiles, "make_step", lambda case: step)
+    monkeypatch.setattr(gpu_tiles, "make_step", lambda case, inputs: step)
     gpu_tiles.planned_gradient.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -366,7 +366,7 @@ def test_repeats_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_checks.Call, "run", lambda self, device: [torch.rand(3)])
     assert gpu_checks.main(arguments) == 0  # they are known
     assert gpu_checks.main([*arguments, "--fresh"]) == 1
-    assert "DIFFERENT" in capsys.readouterr().out
+    assert "equal=False" in capsys.readouterr().out
     monkeypatch.setattr(gpu_checks.Call, "run", lambda self, device: [torch.ones(3)])
     assert gpu_checks.main(arguments) == 0  # what differed is no result to keep
 
@@ -380,16 +380,16 @@ def test_rows_are_kept_one_by_one_for_their_version(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return [{"kernel": "a", "us": 1.0}, {"kernel": "host", "us": 2.0}]
 
-    monkeypatch.setattr(gpu_kernels, "profile_step", profile)
-    monkeypatch.setattr(gpu_kernels.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_checks, "profile_step", profile)
+    monkeypatch.setattr(gpu_checks.torch.cuda, "is_available", lambda: False)
     with pytest.raises(KeyboardInterrupt):
-        gpu_kernels.main(["kernels", "--output", str(path)])
+        gpu_checks.main(["kernels", "--output", str(path)])
     for _ in range(2):
-        gpu_kernels.main(["kernels", "--output", str(path)])
+        gpu_checks.main(["kernels", "--output", str(path)])
     assert asked == [False, True, True]
     assert [row["kl"] for row in read_csv(path)] == ["False"] * 2 + ["True"] * 2
     monkeypatch.setattr("benchmarks.result_files.code_version", lambda: "another")
-    gpu_kernels.main(["kernels", "--output", str(path)])
+    gpu_checks.main(["kernels", "--output", str(path)])
     assert asked == [False, True, True, False, True]
     assert [row["version"] for row in read_csv(path)] == ["another"] * 4
 
@@ -407,7 +407,7 @@ def test_an_erasure_that_failed_is_run_again(tmp_path, monkeypatch):
 
 
 def test_kernels_are_compiled_once_and_products_are_those_that_are_named(monkeypatch):
-    calls = list(gpu_kernels.warm_calls("cuda"))
+    calls = list(gpu_checks.warm_calls("cuda"))
     assert len(calls) <= 32
     given = []
 

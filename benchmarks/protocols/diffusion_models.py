@@ -1,8 +1,9 @@
-"""A Stable Diffusion pipeline whose text encoder can be exchanged."""
+"""The models of the diffusion check: what draws pictures, and what finds objects in them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,27 +12,19 @@ from torch import Tensor
 
 from benchmarks.protocols.text_encoder import TextTower, build_text_encoder
 from fasterase.errors import InputError, import_extra
+from fasterase.models.huggingface import load_weights, read_config
 
 CLASS = "StableDiffusionPipeline"
 # An original whose hidden states differ by more is another model; fp16 differs by less.
 SAME = 0.05
+MODEL_TYPES = ("owlvit", "owlv2")
 
 
 class TextToImage:
-    """Draws pictures with the text encoder that it is told to use.
+    """A Stable Diffusion 1 or 2 that draws with the text encoder that it is told to use.
 
     Without the safety checker, whose black pictures would count as pictures without the concept.
-    On GPUs in fp16.
-
-    Args:
-        source: folder or hub id of a Stable Diffusion 1 or 2 in diffusers' format.
-        device: where to draw.
-        steps: denoising steps.
-        guidance: scale of the classifier-free guidance.
-        batch_size: pictures drawn at once.
-
-    Attributes:
-        own: the pipeline's own text encoder, a transformers `CLIPTextModel`.
+    On GPUs in fp16. `own` is the pipeline's own text encoder, a transformers `CLIPTextModel`.
     """
 
     def __init__(
@@ -125,3 +118,55 @@ class TextToImage:
             max_length=tokenizer.model_max_length,
             return_tensors="pt",
         ).input_ids
+
+
+class Detector:
+    """OWL-ViT or OWLv2 of transformers; `queries`: object -> text that asks for it."""
+
+    def __init__(
+        self, source: str, queries: Mapping[str, str], *, device: torch.device, batch_size: int
+    ) -> None:
+        transformers = import_extra("transformers", "diffusion", "The diffusion check")
+        online = not Path(source).is_dir()
+        config = read_config(source, name=source, online=online)
+        if config.model_type not in MODEL_TYPES:
+            raise InputError(
+                f"--detector={source!r} is a {config.model_type!r} model; one of "
+                f"{', '.join(MODEL_TYPES)} is needed, such as 'google/owlv2-base-patch16-ensemble'."
+            )
+        kind = transformers.AutoModelForZeroShotObjectDetection
+        self._model: Any = load_weights(kind, source, config, name=source, online=online)
+        try:
+            self._processor: Any = transformers.AutoProcessor.from_pretrained(
+                source, local_files_only=not online
+            )
+        except Exception as error:
+            raise InputError(
+                f"--detector={source!r}: its processor cannot be loaded: {error}"
+            ) from error
+        self._model.to(device, torch.float32).eval()
+        self._queries = dict(queries)
+        self._device = device
+        self._batch_size = batch_size
+
+    @torch.no_grad()
+    def scores(self, pictures: Sequence[Image.Image]) -> list[dict[str, float]]:
+        """Return, for each picture, object -> score of the surest box of that object.
+
+        A box belongs to the object whose query fits it best. An object without a box has 0.
+        """
+        found = []
+        texts = list(self._queries.values())
+        for start in range(0, len(pictures), self._batch_size):
+            batch = list(pictures[start : start + self._batch_size])
+            inputs = self._processor(
+                text=[texts] * len(batch), images=batch, truncation=True, return_tensors="pt"
+            ).to(self._device)
+            boxes = self._processor.post_process_grounded_object_detection(
+                self._model(**inputs), threshold=0.0
+            )
+            for each in boxes:
+                best = torch.zeros(len(texts), device=each["scores"].device)
+                best.scatter_reduce_(0, each["labels"], each["scores"].float(), "amax")
+                found.append(dict(zip(self._queries, best.tolist(), strict=True)))
+        return found

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.evidence import robustness
-from benchmarks.evidence.robustness import Case, distance, faults, table
+from benchmarks import robustness
+from benchmarks.robustness import Case, distance, faults, table
 from tests import digits
 from tests.marks import SHORT_RUN
 

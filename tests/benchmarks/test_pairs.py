@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.systems import pairs as benchmark
+from benchmarks import pairs as benchmark
 from fasterase.pairs import read_tars
 
 
@@ -17,8 +17,10 @@ def shards(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_both_find_and_read_the_same_pairs(shards):
-    for implementations in (benchmark._SMALL | benchmark._DECODED).values():
-        found = [run(shards) for run in implementations.values()]
+    for kind, runs in benchmark.STAGES.values():
+        if kind not in ("small", "pictures"):
+            continue
+        found = [run(shards) for run in runs.values()]
         assert {each["pairs"] for each in found} == {60}
         assert len({each.get("found") for each in found}) == 1
 
@@ -27,7 +29,11 @@ def test_both_find_and_read_the_same_pairs(shards):
 def test_the_large_index_is_read_like_any_other(shards, tmp_path):
     (tmp_path / "large").mkdir()
     large = benchmark.write_large(tmp_path / "large", shards[0], pairs=100)
-    figures = {stage: run["fasterase"](large) for stage, run in benchmark._LARGE.items()}
+    figures = {
+        stage: runs["fasterase"](large)
+        for stage, (kind, runs) in benchmark.STAGES.items()
+        if kind == "large"
+    }
     assert figures["large open"]["pairs"] == figures["large split"]["pairs"] == 120
     assert 0 < figures["large overlap"]["found"] < 20
     assert figures["large draw"]["step_ms"] > 0

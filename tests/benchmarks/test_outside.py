@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.evidence import outside
-from benchmarks.evidence.outside import OTHERS, SHARING, Cell, erase, split_drawings, table
+from benchmarks import outside
+from benchmarks.outside import OTHERS, SHARING, Cell, run, split_drawings, table
 from fasterase.demo import emoji
 from fasterase.demo.sets import open_teams
 from fasterase.errors import InputError
@@ -36,7 +36,7 @@ def test_rows_that_were_made_are_read_and_summed_up(tmp_path):
     for cell, row in zip(cells, rows, strict=True):
         row["retain"] = cell.retain
         (tmp_path / cell.file_name).write_text(json.dumps(row))
-    assert [erase(cell, tmp_path) for cell in cells] == rows
+    assert [run(cell, tmp_path) for cell in cells] == rows
     assert table(rows).splitlines()[2] == "| 100 | 2 | 1 | 50.0 | 50.0 | -1.0 | -1.0 |"
 
 
