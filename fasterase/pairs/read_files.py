@@ -154,7 +154,7 @@ def _read_json(path: Path) -> Iterator[dict[str, Any]]:
             entries = enumerate(_parse_json(file.read()), 1)
             rows = ((f"entry {number} of the array", entry) for number, entry in entries)
         else:
-            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            lines = ((number, line.strip()) for number, line in enumerate(file, 1) if line.strip())
             rows = ((f"line {number}", _parse_json(line, number)) for number, line in lines)
         for where, row in rows:
             if not isinstance(row, dict):
