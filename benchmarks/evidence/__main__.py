@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows = table.summarise(found)
     text = f"{table.as_table(rows)}\nTuned on {tuned_on}:\n\n{describe_choice(chosen)}\n"
+    beside = table.beside_retrained(found, "fasterase")
+    if beside:
+        text += f"\nBeside models that were trained without the concept:\n\n{beside}"
     write_csv(options.output / "evidence.csv", rows)
     models = [{key: value for key, value in row.items() if key != cells.TRACE} for row in found]
     write_csv(options.output / MODELS, models)

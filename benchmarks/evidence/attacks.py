@@ -44,7 +44,6 @@ RELEARNED = (
     Attacked("relearn", "forget/area/residue", "relearned residue"),
     Attacked("relearn", "forget/area/contest_hit@1", "relearned hit@1"),
 )
-MEMBERSHIP = (Attacked("membership", "forget/cosine/auc", "membership AUC"),)
 
 
 def attacks_of(figures: tuple[Attacked, ...]) -> tuple[str, ...]:

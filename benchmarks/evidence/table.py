@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.attacks import PROBED, RELEARNED, SWAPPED
-from benchmarks.evidence.cells import ORIGINAL, TRACE, Row
+from benchmarks.evidence.cells import ORIGINAL, RETRAINED, TRACE, Row
 from benchmarks.evidence.task import FORGET_SETS, HIT, KEEP_SETS, RECALL
-from benchmarks.result_files import count_words, group_rows, markdown_table
+from benchmarks.result_files import count_words, group_rows, group_table, markdown_table, sum_up
 
 ATTACKED = (*SWAPPED, *PROBED, *RELEARNED)
 RESAMPLES = 10_000
@@ -116,6 +116,44 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
     sign = "+" if column.endswith("change") else ""
     spread = f"{100 * row[f'{column} low']:.0f} to {100 * row[f'{column} high']:.0f}"
     return f"{100 * value:{sign}.1f} ({spread})"
+
+
+def beside_retrained(rows: Sequence[Row], method: str) -> str:
+    """Return a table of a method beside models that never saw the concept, where there are some.
+
+    In percent, means over the seeds of each concept, and over all. Empty if there is none.
+    """
+    known = {row["subgroup"] for row in rows if row["method"] == RETRAINED}
+    shown = [row for row in rows if row["subgroup"] in known]
+    shown = [row for row in shown if row["method"] in (ORIGINAL, RETRAINED, method)]
+    if not shown:
+        return ""
+    originals = originals_of(rows)
+    figures = [
+        figure
+        for figure in (*SWAPPED, *RELEARNED)
+        if all(isinstance(row.get(f"{figure.attack} {figure.key}"), float) for row in shown)
+    ]
+    lines: list[dict[str, Any]] = []
+    for row in shown:
+        line: dict[str, Any] = {}
+        for name in FORGET_SETS:
+            line |= {
+                f"{name} hit@1": row[f"{name} {HIT}"],
+                f"{name} residue": row[f"{name} residue"],
+            }
+        moved = changes(row, originals[row["subgroup"], row["seed"]])
+        line |= {f"{name} change": change for name, change in moved.items()}
+        line |= {figure.title: row[f"{figure.attack} {figure.key}"] for figure in figures}
+        for concept in (row["subgroup"], "mean"):
+            lines.append({"concept": concept, "model": row["method"], **line})
+    lines.sort(key=lambda line: (line["concept"] == "mean", line["concept"]))
+    return group_table(
+        lines,
+        ("concept", "model"),
+        [column for column in lines[0] if column not in ("concept", "model")],
+        lambda those, column: sum_up(those, column, "+.1f" if column.endswith("change") else ".1f"),
+    )
 
 
 def describe_choice(chosen: Chosen) -> str:

@@ -14,8 +14,24 @@ from benchmarks.command import TEST, VALIDATION
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import closed_form, trained
 from benchmarks.evidence.__main__ import final_setting, finalists, read_settings, settings_table
-from benchmarks.evidence.cells import METHODS, ORIGINAL, as_text, flatten, place_of, read_models
-from benchmarks.evidence.table import ATTACKED, _spread, as_table, choose, damage, summarise
+from benchmarks.evidence.cells import (
+    METHODS,
+    ORIGINAL,
+    RETRAINED,
+    as_text,
+    flatten,
+    place_of,
+    read_models,
+)
+from benchmarks.evidence.table import (
+    ATTACKED,
+    _spread,
+    as_table,
+    beside_retrained,
+    choose,
+    damage,
+    summarise,
+)
 from benchmarks.result_files import RESULTS, read_csv, write_csv
 from fasterase.errors import InputError
 
@@ -90,6 +106,22 @@ def test_the_setting_of_least_damage_on_average_is_chosen():
     assert "-20.0 (-30 to -10)" in as_table([row])
 
 
+def test_a_method_stands_beside_models_that_never_saw_the_concept():
+    found = [
+        measured(method, {}, hit=hit, recall=recall, place=place)
+        for place in ("x", "y")
+        for method, hit, recall in ((ORIGINAL, 1.0, 0.9), ("fasterase", 0.1, 0.7), ("a", 0.5, 0.5))
+    ]
+    assert beside_retrained(found, "fasterase") == ""
+    found.append(measured(RETRAINED, {}, hit=0.2, recall=0.8, place="y"))
+    lines = beside_retrained(found, "fasterase").splitlines()
+    # No line of x, nor of other methods; no figure of attacks, of which there are none.
+    names = [tuple(line.strip("| ").split(" | ")[:2]) for line in lines[2:]]
+    models = (ORIGINAL, "fasterase", RETRAINED)
+    assert names == [(place, model) for place in ("y", "mean") for model in models]
+    assert lines[3] == "| y | fasterase | 10.0 | 50.0 | 10.0 | 50.0 | -20.0 | -20.0 | -20.0 |"
+
+
 def test_what_is_below_chance_or_above_the_original_earns_nothing():
     original = measured(ORIGINAL, {}, hit=1.0, recall=0.8)
     assert damage(measured("a", {}, hit=0.0, recall=0.9), original) == 0
@@ -159,6 +191,8 @@ def test_the_committed_table_is_that_of_the_committed_models(tmp_path):
             if row[column]:
                 assert again[column] == pytest.approx(float(row[column]), abs=1e-6)
         assert again["forget verdicts"] == row["forget verdicts"]
+    text = (RESULTS / "evidence.md").read_text(encoding="utf-8")
+    assert text.endswith(f"\n\n{beside_retrained(found, 'fasterase')}")
     write_csv(tmp_path / "again.csv", found)
     assert (tmp_path / "again.csv").read_text() == models.read_text()
 
