@@ -280,3 +280,9 @@ def test_a_browser_shows_it_without_request_dialog_or_overflow(browser, tmp_path
     assert all(url.startswith(("file:", "data:")) for url in urls), urls
     assert not [each for each in events if "javascriptDialog" in each["method"]]
     assert browser.send("/se/log", {"type": "browser"}) == []
+
+
+def test_long_histories_make_no_long_pages():
+    first = facts().history[0]
+    steps = [{**first, "step": i, "total": float(i)} for i in range(1, 5001)]
+    assert len(render_page([facts(history=steps)])) < 100_000

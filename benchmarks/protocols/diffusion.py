@@ -334,7 +334,7 @@ def format_table(figures: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Strip(NamedTuple):
-    """A row of"""
+    """A row of pictures."""
 
     title: str  # stands above them
     pictures: Sequence[Image.Image]  # of any size; they are scaled to square thumbnails

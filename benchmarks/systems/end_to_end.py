@@ -28,7 +28,7 @@ Each run has a process of its own; the two take turns. Measured are
     verdict, residue of `fasterase.evaluate`, for both
 
 Every run becomes one row of benchmarks/results/end_to_end.csv at once. An interrupted command
-resumes from there; --fresh starts again.
+resumes from there; --fresh measures its setting again.
 """
 
 from __future__ import annotations
@@ -296,12 +296,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
-    rows = [] if args.fresh else read_csv(args.output)
     here = {
         **{name: str(value) for name, value in asdict(setting).items()},
         "gpu_name": device_name(setting.device),
         "threads": str(torch.get_num_threads()),
     }
+    rows = read_csv(args.output)
+    if args.fresh:
+        rows = [row for row in rows if not here.items() <= row.items()]
     same = [row for row in rows if here.items() <= row.items()]
     done = {(row["implementation"], row["repeat"]) for row in same}
     # Each round starts with another one, so that a drift of the machine affects both alike.

@@ -17,6 +17,7 @@ INPUTS = ("image", "text", "scale")
 # With TRITON_INTERPRET=1 tests run on the Triton kernels in NumPy, else on all other backends.
 IS_INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 BACKENDS = tuple(name for name in available_backends() if (name == "triton") == IS_INTERPRETED)
+assert BACKENDS == ("triton",) or not IS_INTERPRETED, "without kernels nothing would be tested"
 TILED = tuple(name for name in BACKENDS if name != "dense")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_tiled_backend = pytest.mark.parametrize("backend", TILED)
@@ -125,8 +126,20 @@ def assert_same_bits(left, right):
     assert all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
 
 
-def check(backend, call, batch, groups=None, *, tolerance=None, cones=False, call_it=run):
+def check(
+    backend,
+    call,
+    batch,
+    groups=None,
+    *,
+    tolerance=None,
+    cones=False,
+    rounded_once=False,
+    call_it=run,
+):
     """Hold losses and gradients to the oracle's; gradients of half precision, to a few roundings.
+
+    With `rounded_once` each number of these is held to a single one, that of its dtype.
 
     Logits of opposite `cones` near -95 carry 1e-5 of fp32 rounding, which the weight of a whole
     direction multiplies by 100: their weights are 1 / sqrt(N), between a mean's and a sample's.
@@ -149,6 +162,8 @@ def check(backend, call, batch, groups=None, *, tolerance=None, cones=False, cal
     epsilon = torch.finfo(dtype).eps
     for found, value in zip(gradients[:2], (exact.image, exact.text), strict=True):
         assert norm_error(found, value) < (8 if cones else 2) * epsilon
+        if rounded_once:
+            assert relative_error(found, value, scale) < epsilon / 2 + tolerance
     # A sum over cosines of either sign: its error counts against the terms, not the result.
     terms = np.abs(batch.image * exact.image).sum() / scale
     assert abs(gradients[2].item() - exact.scale) < epsilon * terms

@@ -74,7 +74,9 @@ def _no_amx(monkeypatch):
 def test_matches_the_oracle(backend, case, dtype):
     (n, width), ref_width, scale, labels, groups = case
     call, batch = make(n, width, scale, dtype=dtype, ref_width=ref_width, labels=labels, seed=n)
-    check(backend, call, batch, groups)
+    # Tiles of torch add what labels bring to gradients that are rounded already.
+    rounded_once = not IS_INTERPRETED and (backend != "chunked" or labels is None)
+    check(backend, call, batch, groups, rounded_once=rounded_once)
 
 
 @not_interpreted

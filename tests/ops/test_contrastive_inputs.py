@@ -163,6 +163,19 @@ def test_products_on_a_gpu(backend, monkeypatch):
     assert products(fp32, fp32, asked="fp32") == "fp32"
 
 
+def test_without_kernels_fp64_warns_of_nothing_and_a_cpu_multiplies_in_fp32(monkeypatch, recwarn):
+    missing = {"triton": "it is missing", "cpu": "it is missing"}
+    monkeypatch.setattr(api, "_explain_missing", missing.get)
+    api._warn_of_fallback.cache_clear()
+    with FakeTensorMode():
+        double = torch.empty(4, 3, dtype=torch.float64, device="cuda")
+    assert api.choose_backend("auto", (double, double))[0] == "chunked"
+    assert not recwarn.list
+    on_cpu = torch.ones(4, 3)
+    choice = explain_backend(on_cpu, on_cpu, 1.0, backend="chunked", products="fp16")
+    assert (choice.name, choice.products) == ("chunked", "fp32")
+
+
 @pytest.mark.skipif(
     VERSION < (3, 5) or torch.cuda.is_available(), reason="has a GPU, or no Triton 3.5"
 )

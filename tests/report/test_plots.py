@@ -52,8 +52,11 @@ def test_steps_that_were_not_finite_are_left_out_and_means_pass_over_them() -> N
     assert line.x.tolist() == [0, 1, *range(3, 23)]
     assert line.mean.tolist() == line.y.tolist(), "a twentieth of the steps is one"
     history = [HISTORY[0] | {"step": i, "total": float(i % 2)} for i in range(60)]
-    mean = history_charts(history)[0].lines[0].mean
-    assert mean[:3].tolist() == pytest.approx([0.5, 1 / 3, 2 / 3])
+    history[10]["total"] = np.nan
+    line = history_charts(history)[0].lines[0]
+    assert line.x[9:12].tolist() == [9, 11, 12]
+    assert line.mean[:3].tolist() == pytest.approx([0.5, 1 / 3, 2 / 3]), "of three steps"
+    assert line.mean[9:11].tolist() == pytest.approx([2 / 3, 2 / 3]), "its neighbours are 1, 1"
 
 
 def test_what_checks_found_is_drawn_where_they_were_made() -> None:

@@ -115,8 +115,9 @@ def test_an_interrupted_benchmark_resumes(tmp_path, monkeypatch, capsys):
     assert "| runs | 2 | 2 |  |" in capsys.readouterr().out
     end_to_end.main(["--steps", "3", *arguments[:-2]])  # another setting is another measurement
     assert len(read_csv(path)) == 8
-    end_to_end.main([*arguments, "--fresh"])
-    assert len(read_csv(path)) == 4
+    before = len(calls)
+    end_to_end.main([*arguments, "--fresh"])  # of the other setting nothing is lost
+    assert (len(calls), len(read_csv(path))) == (before + 4, 8)
 
 
 @pytest.mark.slow
