@@ -11,7 +11,7 @@ from typing import Any
 
 from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.errors import InputError
-from fasterase.evaluation.metrics import METRICS
+from fasterase.evaluation.metrics import CONTEST_HIT, METRICS
 from fasterase.evaluation.verdict import WITHHELD
 from fasterase.facts import RunFacts
 from fasterase.files import MARKER
@@ -27,7 +27,7 @@ TAGS = ("fasterase", "machine-unlearning", "clip")
 # Names of sets that say nothing of what they hold.
 _PLAIN = ("forget", "retain", "holdout", WITHHELD)
 # What the metadata tells of sets to forget, and of the others.
-_FORGET = ("contest_hit@1", "image_to_text_residue", "text_to_image_residue")
+_FORGET = (CONTEST_HIT, "image_to_text_residue", "text_to_image_residue")
 _KEEP = ("zero_shot_accuracy", "image_to_text_recall@1", "text_to_image_recall@1")
 
 

@@ -102,8 +102,9 @@ class UnlearnConfig:
             these above it. `None` is the paper.
         cross_weight: weight, within the `"similarity"` loss, of the cosines of forget images with
             the original's features of their captions, and the reverse: both towers forget, neither
-            below the floor. `"auto"` is 1, and 0 with `tune="image"`, whose text tower is the
-            original's. 0 is the paper; a tower may then tell, beside the original's other one.
+            below the floor, and their mean cosines with retained features move to it. `"auto"` is
+            1, and 0 with `tune="image"`, whose text tower is the original's. 0 is the paper; a
+            tower may then tell, beside the original's other one.
         forget_augment: apply random affine transforms and tints to forget images, so that the
             association is erased for unseen pictures too. False is the paper.
         forget_words: before training, replace the embeddings of words that are to be forgotten
@@ -160,6 +161,7 @@ class UnlearnConfig:
             the blocks, added to the weights at the end; extra `peft`).
         train_logit_scale: train logit_scale too; the loss clamps it at max(100, its initial value).
         train_mode: put the towers in train mode (BatchNorm statistics move, Dropout is active).
+            False keeps them in eval mode.
         precision: compute dtype of the towers: `"auto"` (bf16 on CUDA devices that support it, fp16
             on other CUDA devices, fp32 elsewhere), `"fp32"`, `"bf16"`, `"fp16"`. Weights stay fp32.
         activation_checkpointing: keep only the input of each block of both towers for the backward

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fasterase.config import UnlearnConfig
 from fasterase.engine.words import Word
 from fasterase.evaluation.hurt import RECALL, Hurt
-from fasterase.evaluation.metrics import TOWER_HITS
+from fasterase.evaluation.metrics import CONTEST_HIT, TOWER_HITS
 from fasterase.evaluation.verdict import (
     FORGOTTEN,
     JUDGED_PAIRS,
@@ -31,7 +31,6 @@ from fasterase.report.tables import html_table
 from fasterase.report.templating import jpeg_uri
 
 _CAPTION = 300  # characters
-_HIT = "contest_hit@1"
 _HEADLINES = {
     FORGOTTEN: "The model has forgotten {}.",
     REMEMBERED: "The model still knows {}.",
@@ -160,18 +159,20 @@ class RunFacts:
     def _judge(self, name: str) -> Judged:
         """Take the figures of the newest measurement, or else those of the run."""
         trace, evaluation = self.traces.get(name), self.evaluation
-        if evaluation is None or _HIT not in evaluation.scores.get(name, {}):
+        if evaluation is None or CONTEST_HIT not in evaluation.scores.get(name, {}):
             outcome = self.record["outcome"]
-            verdicts = outcome.get("verdicts") or decide_each(self.traces)
-            verdict = outcome["verdict"] if len(self.traces) == 1 else verdicts.get(name)
+            verdict = outcome["verdict"]
+            if len(self.traces) > 1 and verdict != NEVER_KNOWN:
+                # Records of an earlier version lack the verdicts.
+                verdict = (outcome.get("verdicts") or decide_each(self.traces)).get(name)
             return Judged(name, verdict, self.traces[name], None)
         scores, intervals = evaluation.scores[name], evaluation.intervals[name]
         measured = Trace(
             scores["image_to_text_residue"],
             scores["text_to_image_residue"],
-            scores[_HIT],
-            *intervals[_HIT],
-            evaluation.chance[name][_HIT],
+            scores[CONTEST_HIT],
+            *intervals[CONTEST_HIT],
+            evaluation.chance[name][CONTEST_HIT],
             min(evaluation.pairs[name], JUDGED_PAIRS),
             towers={
                 tower: (scores[key], intervals[key][0])
@@ -181,7 +182,7 @@ class RunFacts:
             band=None if trace is None else trace.band,
         )
         verdict = evaluation.set_verdicts.get("model", {}).get(name)
-        before = (evaluation.original or {}).get(name, {}).get(_HIT)
+        before = (evaluation.original or {}).get(name, {}).get(CONTEST_HIT)
         return Judged(name, verdict, measured, before)
 
     @cached_property

@@ -61,7 +61,7 @@ class Strangers(NamedTuple):
 class ForgetGroup(NamedTuple):
     """Some forget rows of a batch, such as those of a concept, and what they are to end at."""
 
-    rows: Tensor | slice = slice(0)  # [m] int64
+    rows: Tensor | slice = slice(0)  # [m] int64; none, until a step fills them in
     floor: float | None = None
     weight: float = 1.0  # the groups' sum is 1
     floor_margin: float = 0.0

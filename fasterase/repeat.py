@@ -74,8 +74,12 @@ def _add(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _has_one(value: Any, marks: Iterable[str]) -> bool:
-    """Whether a text, or one of several by name, has one of the marks."""
-    return any(mark in str(value) for mark in marks)
+    """Whether a text, or one of several, has one of the marks; names of texts may have them."""
+    if isinstance(value, Mapping):
+        return any(_has_one(each, marks) for each in value.values())
+    if isinstance(value, list):
+        return any(_has_one(each, marks) for each in value)
+    return any(mark in value for mark in marks) if isinstance(value, str) else False
 
 
 def _hide(value: Any) -> Any:

@@ -296,9 +296,9 @@ class UnlearnResult:
         check_writable(path, argument="path")
         missing: MissingExtraError | None = None
         drawn: list[str] = []
-        if self.history:
+        if charts := history_charts(self.history):
             try:
-                drawn.append(plot_charts(history_charts(self.history), path / "losses.png").name)
+                drawn.append(plot_charts(charts, path / "losses.png").name)
             except MissingExtraError as error:
                 missing = error
         drawn += self._draw_pictures(path)

@@ -99,7 +99,8 @@ def clean_retain(
     captions too. What was `erased` before is taken out as well, and becomes further sets.
 
     Raises:
-        InputError: nothing would be left of it; if it `may_vanish`, all pictures are left in it.
+        InputError: nothing would be left of it. With `may_vanish` only if all of it was erased
+            before; where all pictures are in the forget set, they stay in retain.
     """
     opened = sets.tables
     removed: list[str] = []

@@ -281,7 +281,10 @@ def in_child() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have Linux kill this process once its parent has died; 0: that is a server that made it."""
+    """Have Linux kill this process once its parent has died.
+
+    `parent` is 0 where a server forked it: then nothing is done.
+    """
     if sys.platform != "linux" or not parent:
         return
     import ctypes

@@ -51,7 +51,7 @@ class Plan(Command):
 
     needs = ("model", "pairs")
     config_fields = field_names(PLAN)
-    hidden = ("tflops", "efficiency", "images_per_second")
+    hidden = ("tflops", "efficiency", "images_per_second", "micro_batch_size", "lr")
     model: str | None = None
     pairs: int | None = None
     forget: int | None = None

@@ -148,8 +148,9 @@ def run_demo(
     )
     evaluation.to_json(folder / "evaluation.json")
     write_text(folder / "evaluation.txt", evaluation.table() + "\n")
-    if results[recipe].history:  # empty where the model never knew the concept
-        plot_charts(history_charts(results[recipe].history), folder / "losses.png")
+    # No charts where the model never knew the concept.
+    if charts := history_charts(results[recipe].history):
+        plot_charts(charts, folder / "losses.png")
     draw_sheet(sets, original, folder / "model", folder / "pictures.png")
     if (folder / REST).is_file():
         called = "fruit" if forget == emoji.DEFAULT_FORGET else emoji.class_name(forget)

@@ -38,9 +38,8 @@ class Trainer:
     job: Job
     engine: Engine  # the towers and their optimiser
     loss: StepLoss
-    unchanged: Collection[
-        str
-    ] = ()  # towers that give the original's features before the first step
+    # Towers that give the original's features before the first step.
+    unchanged: Collection[str] = ()
     decoys: Decoys | None = None  # made-up facts to hold in each step, beside the batch
     emphasised: Sequence[int] = ()  # retain rows that are drawn more often, for checkpoints
     step: int = 0  # how many were taken

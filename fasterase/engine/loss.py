@@ -76,7 +76,6 @@ class StepLoss:
 
     The rows of all ranks stand in the order of the step's draw, forget pairs first, so that the
     loss is the one that a single process would compute.
-
     """
 
     objective: Objective

@@ -70,7 +70,7 @@ def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) 
 def made_up_captions(
     captions: Sequence[str], kept: Collection[str], seed: int, count: int
 ) -> list[str]:
-    """Return at most `count` different captions with made-up terms, none of them anybody's.
+    """Return at most `count` different captions with made-up terms, none of them a real caption.
 
     Captions that have no `_own_terms` are left out.
     """

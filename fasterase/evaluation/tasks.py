@@ -218,8 +218,9 @@ def encode_captions(
 def paraphrases(target: Target) -> Examined:
     """Return the residue of the second and further captions of each pair, in both directions.
 
-    It is the share of unrelated captions (images) that are less similar to the image (the
-    paraphrase) than these are to each other. A pair's value is the mean over its further captions.
+    Image->text: the share of unrelated captions less similar to the image than the paraphrase is.
+    Text->image: the share of unrelated images less similar to the paraphrase than its image is. A
+    pair's value is the mean over its further captions.
 
     Raises:
         InputError: no pair has a second caption.

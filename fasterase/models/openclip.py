@@ -158,7 +158,8 @@ class OpenClipEncoder(DualEncoder):
         elif text.get("hf_tokenizer_name"):
             warnings.warn(
                 f"the model is saved without its tokenizer {text['hf_tokenizer_name']!r}, which "
-                "was not loaded; open_clip.get_tokenizer will look for its files in that folder",
+                "was not loaded; open_clip.get_tokenizer will look for its files in the saved "
+                "folder",
                 stacklevel=2,
             )
         settings = dict(getattr(self.module.visual, "preprocess_cfg", None) or {})

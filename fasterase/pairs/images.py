@@ -35,8 +35,10 @@ class Images(ABC):
         """Return the bytes of an image; raise `BrokenPair` if it cannot be read."""
 
     def location(self, row: int, id: str) -> str:
-        """Return what identifies these bytes among all images, as their content does."""
-        # Files in different folders may have one name, and ids are not unique then.
+        """Return what identifies an image among all: its place, or here a hash of its bytes.
+
+        Ids do not: files in different folders may have one name.
+        """
         return f"bytes {hashlib.blake2b(self.read(row, id)).hexdigest()}"
 
     def ends(self, row: int, id: str) -> bytes:

@@ -199,25 +199,28 @@ def _download(shard: Shard, path: Path) -> None:
             raise OSError(f"it is truncated: {len(data)} of {end - start} bytes came")
         return data
 
-    _check_unchanged(shard, path)
+    if change := _describe_change(shard):
+        raise RemoteError(change)
     with path.open("ab") as file:
         while (start := file.tell()) < shard.size:
             end = min(start + CHUNK_BYTES, shard.size)
             file.write(_request(shard.place, "cat_file", check, start=start, end=end))
-    _check_unchanged(shard, path)
+    if change := _describe_change(shard):
+        path.unlink()  # a mixture of both
+        raise RemoteError(change)
     flush_to_disk(path)
 
 
-def _check_unchanged(shard: Shard, path: Path) -> None:
-    """Remove what has been fetched to `path`, and raise, if it is of another version by now."""
+def _describe_change(shard: Shard) -> str:
+    """Return how a shard differs by now from what it was; empty if it does not."""
     now = describe_shard(shard.place)
-    if now[:3] != shard[:3]:
-        path.unlink()
-        raise RemoteError(
-            f"shard {shard.place} has changed since it was opened (it had {shard.size} bytes, "
-            f"version {shard.version!r}; now {now.size} bytes, version {now.version!r}). Leave "
-            f"shards alone while they are read, and start again."
-        )
+    if now[:3] == shard[:3]:
+        return ""
+    return (
+        f"shard {shard.place} has changed since it was opened (it had {shard.size} bytes, "
+        f"version {shard.version!r}; now {now.size} bytes, version {now.version!r}). Leave "
+        f"shards alone while they are read, and start again."
+    )
 
 
 def _request(
@@ -230,7 +233,7 @@ def _request(
     """
     filesystem = _filesystem(url)
     call = getattr(filesystem, method)
-    if filesystem.async_impl:  # but Hugging Face's, which has time limits of its own
+    if filesystem.async_impl:  # all but Hugging Face's, which has time limits of its own
         from fsspec.asyn import sync
 
         asynchronous = getattr(filesystem, f"_{method}")

@@ -294,7 +294,9 @@ class _LazyRecord:
     def _record(self) -> Record:
         return self._pairs[self._index]
 
-    def __getattr__(self, name: str) -> Any:  # image and mask
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("image", "mask"):
+            raise AttributeError(f"a record has no {name!r}")
         return getattr(self._record, name)
 
 

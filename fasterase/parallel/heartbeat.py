@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import secrets
+import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import wait
 from typing import Any
 
 from fasterase.signals import StopRequest
@@ -39,6 +39,7 @@ class Heartbeat:
         self.on_silence: Callable[[], None] = lambda: None
         self._rank, self._stop = rank, stop
         self._peers = sockets
+        self._rest = dict.fromkeys(sockets, b"")  # of a line that has not come whole
         self._missed = dict.fromkeys(sockets, 0.0)
         self._told: dict[int, set[int]] = {}  # peer -> ranks that it knows to be stopping
         self._ending = threading.Event()
@@ -61,18 +62,21 @@ class Heartbeat:
             peer.close()
 
     def _run(self) -> None:
-        beat = 0.0
-        while not self._ending.is_set():
-            ready = wait(self._peers.values(), 0.1)
-            for rank in [rank for rank, peer in self._peers.items() if peer in ready]:
-                if not self._receive(rank):
-                    self._peers.pop(rank).close()
-            is_new = self._stop.number and self._rank not in self.stopping
-            now = time.monotonic()
-            if is_new or now - beat >= _BEAT_SECONDS:
-                # Counted in beats of its own: a run that was suspended as a whole goes on.
-                self._beat(min(now - beat, 2 * _BEAT_SECONDS))
-                beat = now
+        with selectors.DefaultSelector() as selector:
+            for rank, peer in self._peers.items():
+                selector.register(peer, selectors.EVENT_READ, rank)
+            beat = 0.0
+            while not self._ending.is_set():
+                for key, _ in selector.select(0.1):
+                    if not self._receive(key.data):
+                        selector.unregister(key.fileobj)
+                        self._peers.pop(key.data).close()
+                is_new = self._stop.number and self._rank not in self.stopping
+                now = time.monotonic()
+                if is_new or now - beat >= _BEAT_SECONDS:
+                    # Counted in beats of its own: a run that was suspended as a whole goes on.
+                    self._beat(min(now - beat, 2 * _BEAT_SECONDS))
+                    beat = now
 
     def _receive(self, rank: int) -> bool:
         """Read what a peer has sent; return whether it is still there."""
@@ -84,8 +88,10 @@ class Heartbeat:
             return False
         if data:
             self._missed[rank] = 0.0
-        for line in data.splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # a part: each line tells all anew
+        *lines, self._rest[rank] = (self._rest[rank] + data).split(b"\n")
+        for line in lines:
+            # Cut off while the peer was stopped; each line tells all anew.
+            with suppress(ValueError, TypeError, KeyError):
                 said = json.loads(line)
                 self.silent |= set(said["silent"]) - {self._rank}
                 stopping = {int(each): number for each, number in said["stopping"].items()}

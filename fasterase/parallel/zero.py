@@ -290,8 +290,8 @@ def read_deepspeed(given: str | Mapping[str, Any]) -> dict[str, Any]:
         InputError: there is no such file, or it is not a JSON object with a known ZeRO stage.
     """
     config = dict(given) if isinstance(given, Mapping) else _read_json(given)
-    stage = _find(config, "zero_optimization.stage")
-    if stage not in (None, 0, 1, 2, 3):
+    stage = _find(config, "zero_optimization.stage", 0)
+    if stage not in (0, 1, 2, 3):
         raise InputError(
             f"deepspeed: zero_optimization.stage is {stage!r}. Use 1, 2 or 3, or 0 for plain data "
             "parallelism."
@@ -301,7 +301,7 @@ def read_deepspeed(given: str | Mapping[str, Any]) -> dict[str, Any]:
 
 def zero_stage(config: Mapping[str, Any]) -> int:
     """Return the ZeRO stage of a configuration that `read_deepspeed` returned."""
-    return int(_find(config, "zero_optimization.stage") or 0)
+    return int(_find(config, "zero_optimization.stage", 0))
 
 
 def complete(run: UnlearnConfig, *, precision: str, world_size: int) -> dict[str, Any]:
@@ -360,14 +360,14 @@ def _read_json(given: str) -> dict[str, Any]:
     return config
 
 
-def _find(config: Mapping[str, Any], path: str) -> Any:
-    """Return the value at a path such as `"optimizer.params.lr"`; None if it is missing."""
+def _find(config: Mapping[str, Any], path: str, default: object = None) -> Any:
+    """Return the value at a path such as `"optimizer.params.lr"`, or the default."""
     *sections, name = path.split(".")
     for each in sections:
         config = config.get(each, {})
         if not isinstance(config, Mapping):
             raise InputError(f"deepspeed: {each} must be an object; found {config!r}.")
-    return config.get(name)
+    return config.get(name, default)
 
 
 def _check_settings(

@@ -24,7 +24,13 @@ from fasterase.evaluation.hurt import (
     hurt_groups,
     worst_first,
 )
-from fasterase.evaluation.metrics import IMAGE_TO_IMAGE, METRICS, OLD_INDEX, TOWER_HITS
+from fasterase.evaluation.metrics import (
+    CONTEST_HIT,
+    IMAGE_TO_IMAGE,
+    METRICS,
+    OLD_INDEX,
+    TOWER_HITS,
+)
 from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.files import check_creatable, check_writable, parse_path, to_json, write_text
 from fasterase.numerals import counted
@@ -312,7 +318,7 @@ def _original_scores(original: Measurement, model: Measurement) -> Scores:
     for name, values in scores.items():
         for metric in TOWER_HITS.values():
             if metric in model.sets[name].values:
-                values[metric] = values["contest_hit@1"]
+                values[metric] = values[CONTEST_HIT]
         if OLD_INDEX in model.sets[name].values:
             values[OLD_INDEX] = values["text_to_image_recall@1"]
     return scores

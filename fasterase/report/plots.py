@@ -22,7 +22,10 @@ from fasterase.files import replace_file
 from fasterase.report.lettering import letter
 
 # The model stands out; the original and the references follow in order.
-COLOURS = ("#c8102e", "#202020", "#1f6feb", "#1a7f37", "#9a6700", "#8250df", "#57606a")
+COLOURS = (
+    *("#c8102e", "#202020", "#1f6feb", "#1a7f37", "#9a6700", "#8250df", "#57606a"),
+    *("#d667a5", "#2aa5b8"),
+)
 PANEL_INCHES = 4.2, 3.2
 DPI = 110
 ROW_INCHES = 0.26  # of one finding
@@ -162,6 +165,8 @@ def plot_charts(charts: Sequence[Chart], path: str | PathLike[str], *, title: st
         axis.set_ylabel(chart.y_label)
         if chart.x_ticks:
             axis.set_xticks(*zip(*chart.x_ticks, strict=True))
+        elif chart.x_label == "step":
+            axis.xaxis.get_major_locator().set_params(integer=True)
         if chart.is_log:
             axis.set_yscale("log")
         elif chart.y_label.endswith("%") and chart.lines[0].is_marked:
