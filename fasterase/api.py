@@ -203,10 +203,14 @@ def unlearn(
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
-                        began = time.monotonic()
-                        result.write_output(output)
-                        say("model and report written", since=began, least=WRITING_SECONDS)
+                        _write_output(result, output)
             return result
+
+
+def _write_output(result: UnlearnResult, output: Path) -> None:
+    began = time.monotonic()
+    result.write_output(output)
+    say("model and report written", since=began, least=WRITING_SECONDS)
 
 
 def _load(model: Model, given: dict[str, Any], *, copy: bool) -> tuple[DualEncoder, torch.device]:

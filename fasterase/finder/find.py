@@ -145,9 +145,6 @@ def find(
             is_half = target.type == "cuda" and loss_products(encoder.precision) == "fp16"
             key = feature_key(fingerprint, encoder.precision)
             original = OriginalFeatures(encoder, folder, key, is_half=is_half)
-            began = time.monotonic()
-            original.encode(pairs, rows)
-            say(f"encoded: {counted(len(rows), 'pair')}", since=began)
             codes, scores, limits = _judge(
                 original, pairs, rows, captions, queries, picture_alone, ranks, seed
             )
@@ -182,6 +179,9 @@ def _judge(
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray, Limits]:
     """Return the decision on each pair of the source, its score (NaN: not judged), the limits."""
+    began = time.monotonic()
+    original.encode(pairs, rows)
+    say(f"encoded: {counted(len(rows), 'pair')}", since=began)
     pictures = score_pictures(
         original, pairs, rows, captions.named[rows], queries, ranks=ranks, seed=seed
     )
