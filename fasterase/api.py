@@ -36,7 +36,6 @@ from fasterase.engine.model_state import (
 )
 from fasterase.engine.outcome import advise
 from fasterase.engine.run import Run
-from fasterase.engine.stops import explaining_interrupts, how_to_continue
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.examiner import Examiner, check_attacks, check_tasks
@@ -56,7 +55,7 @@ from fasterase.provenance import audit, erasures, read_record
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
 from fasterase.sets import clean_retain, open_sets
-from fasterase.signals import handling_signals
+from fasterase.signals import explaining_interrupts, handling_signals, how_to_continue
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
 WRITING_SECONDS = 10.0  # what is written sooner is not worth a line

@@ -18,8 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from fasterase.errors import PreemptedError
 
 log = logging.getLogger(__name__)
 
@@ -271,6 +274,33 @@ def handling_signals(last_words: Callable[[int], None] | None = None) -> Iterato
             yield stop
     finally:
         _of_thread.stop = None
+
+
+@contextmanager
+def explaining_interrupts(advice: Callable[[], str]) -> Iterator[None]:
+    """Turn what a signal raised into the error of `stop_error`, which says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if error.args:
+            raise
+        raise stop_error(getattr(error, "number", signal.SIGINT), f". {advice()}") from None
+
+
+def stop_error(number: int, said: str) -> BaseException:
+    """Return the error of a run that a signal ends: PreemptedError; of Ctrl-C KeyboardInterrupt."""
+    kind = KeyboardInterrupt if number == signal.SIGINT else PreemptedError
+    return kind(f"stopped by {signal_name(number)}{said}")
+
+
+def how_to_continue(output_dir: Path | None) -> str:
+    """Name the last checkpoint of a run and how to resume."""
+    if output_dir is None:
+        return "Nothing was saved; give an output_dir to make runs resumable."
+    saved = "No step was saved yet"
+    if any(output_dir.glob("checkpoints/step-*")):
+        saved = f"A checkpoint is in {output_dir / 'checkpoints'}"
+    return f"{saved}; make the same call or run the same command again to continue."
 
 
 def in_child() -> None:

@@ -11,7 +11,8 @@ import torch
 import fasterase
 from fasterase.engine import baseline
 from fasterase.engine import run as run_module
-from fasterase.engine.baseline import NEAR_SHARE, Damage, DamageMeter
+from fasterase.engine.baseline import NEAR_SHARE
+from fasterase.engine.damage import Damage, DamageMeter
 from fasterase.engine.job import Draws
 from fasterase.engine.pacing import RESTING
 from fasterase.models.dual_encoder import Tokens

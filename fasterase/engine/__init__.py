@@ -1,1 +1,1 @@
-"""The erasing engine: steps, gradients, optimiser, checkpoints, early stops."""
+"""The erasing engine: steps, gradients, optimiser, pacing, checks, checkpoints."""

@@ -1,30 +1,30 @@
-"""The original before the first step: what it knows of the concept, and what a run may cost.
+"""The original before the first step: what it knows of the concept and of what is kept.
 
 Each pair is encoded once, for floor, losses, verdict, damage and evaluation together.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
+from fasterase.engine.damage import (
+    SAME_MEANING,
+    DamageMeter,
+    closeness,
+    find_neighbours,
+    first_places,
+)
 from fasterase.engine.decoys import Decoys
 from fasterase.engine.job import Draws, Job
-from fasterase.engine.optim import Trained
-from fasterase.engine.pacing import Check
 from fasterase.evaluation.evaluator import Evaluator, Measurement
-from fasterase.evaluation.hurt import Outside, encode_things
-from fasterase.evaluation.metrics import TOWER_HITS
-from fasterase.evaluation.scores import TIE, find_position, similarity_chunks
-from fasterase.evaluation.verdict import EARLIER, REMEMBERED, Judge, Trace, summarise
+from fasterase.evaluation.scores import TIE
+from fasterase.evaluation.verdict import EARLIER, Judge, Trace, summarise
 from fasterase.original.features import (
     CachedOriginal,
     LiveOriginal,
@@ -41,16 +41,10 @@ LISTED, MAX_WORDS = 5, 8
 # Share of kept pictures nearer to a forget caption than to their own, above which pictures are not
 # compared. Models that know their pairs are far below, those with random weights at a half.
 MISTAKEN = 0.25
-# Captions whose features under the original are this close mean the same: either counts as right.
-SAME_MEANING = 0.95
-# Share of everyday words that may lose most of their neighbours before a run is too costly, for
-# damage that retain does not show. Erasing fruit or birds from the demo's model takes .01 to .04.
-MOST_HURT = 0.25
 # Retain pairs nearest to the forget captions, where damage shows first.
 MAX_NEIGHBOURS = 256
 # Share of the retain pairs, the nearest to the forget captions, that is drawn more often.
 NEAR_SHARE = 0.1
-NORMAL_Z = 1.645  # of a one-sided 95 % interval
 
 
 @dataclass(frozen=True)
@@ -217,169 +211,12 @@ def _open_original(job: Job, encoder: PairEncoder, original: OriginalFeatures) -
     return LiveOriginal(encoder.model, precision=encoder.precision)
 
 
-@dataclass(frozen=True)
-class Checks:
-    """Measures the model in the middle of a run, on the pairs that the final verdict judges.
-
-    Sets that the original does not remember are left out: nothing of them is to be forgotten. Those
-    that were erased before count once they are remembered again.
-    """
-
-    job: Job
-    encoder: PairEncoder
-    judge: Judge
-    baseline: Baseline
-    trained: Trained
-    withheld: Mapping[str, np.ndarray]  # set to forget -> rows that the run is not trained on
-    things: Sequence[str] = ()  # everyday words, if the original's are measured
-
-    def original(self) -> Check:
-        """Return the check of the original: beside itself, each tower knows what both know."""
-        traces = {
-            name: replace(trace, towers=dict.fromkeys(TOWER_HITS, (trace.hit, trace.hit_low)))
-            for name, trace in self.baseline.traces.items()
-        }
-        return Check(self._known(traces), 0.0, False)
-
-    def __call__(self) -> Check:
-        baseline = self.baseline
-        judged = [*baseline.known_sets, *baseline.earlier_sets]
-        rows = {name: self.judge.rows[name] for name in judged}
-        rows["retain"] = np.union1d(self.judge.rows["retain"], baseline.damage_rows)
-        features = {
-            name: self.encoder.pairs(self.job.sets[name], these, description="is it forgotten?")
-            for name, these in rows.items()
-        }
-        before = None if baseline.measured is None else baseline.measured.things
-        things = None
-        if before is not None and baseline.damage and self.job.config.max_damage is not None:
-            things = encode_things(self.encoder, self.things)
-        words = None if before is None or things is None else (things, before)
-        # The first rank decides for all: others may round differently.
-        return self.job.ranks.on_first(lambda: self._measure(features, words))
-
-    def is_forgotten(self) -> bool:
-        """Check only whether the verdict is no longer "remembered"."""
-        return self.baseline.is_never_known or self().verdict != REMEMBERED
-
-    def _measure(
-        self, features: Mapping[str, PairFeatures], words: tuple[Tensor, Tensor] | None
-    ) -> Check:
-        """Return what is left, lost and hurt; `words`: features of everyday words, and before."""
-        damage, meter = Damage(0.0, 0.0), self.baseline.damage
-        if meter is not None:
-            damage = meter.measure(features["retain"].at(self.baseline.damage_rows))
-        hurt = 0.0 if words is None else Outside.compare(*words).summary()["hurt"]
-        most = self.job.config.max_damage
-        is_exceeded = most is not None and (damage.low > most or hurt > MOST_HURT)
-        traces = self.judge.judge(features, self.baseline.judged)
-        of_trained = {
-            name: traces[name].without(rows)
-            for name, rows in self.withheld.items()
-            if name in traces and not np.isin(traces[name].rows, rows).all()
-        }
-        known = (self._known(summarise(each)) for each in (traces, of_trained))
-        return Check(next(known), damage.mean, is_exceeded, trained=next(known))
-
-    def _known(self, traces: Mapping[str, Trace]) -> dict[str, Trace]:
-        """Return the traces that a run waits for."""
-        # A tower that stays as it is will not forget, however long the run waits for it.
-        moving = [name for name in ("image", "text") if getattr(self.trained, name)]
-        return {
-            name: trace.strictly(keep=moving)
-            for name, trace in traces.items()
-            if name in self.baseline.known_sets
-            or (name in self.baseline.earlier_sets and trace.is_remembered)
-        }
-
-
-class Damage(NamedTuple):
-    """Share of recall@1 image->text lost since the original, negative for a gain."""
-
-    mean: float
-    low: float  # near end of its interval (one-sided 95 %)
-
-
-class DamageMeter:
-    """Compares a model's recall@1 image->text on retain pairs with the original's, pair by pair.
-
-    The first captions of all these pairs are the candidates.
-    """
-
-    def __init__(self, original: PairFeatures) -> None:
-        place = {key: row for row, key in enumerate(original.captions)}
-        self._keys = list(dict.fromkeys(original.first_captions))
-        text = original.text[[place[key] for key in self._keys]]
-        self._alike = text @ text.T > SAME_MEANING
-        self._alike.fill_diagonal_(True)
-        self._rows = original.rows
-        self._before = self._hits(original)
-
-    @property
-    def recall(self) -> tuple[int, float]:
-        """Number of pairs, and the original's share."""
-        return len(self._before), float(self._before.mean())
-
-    def measure(self, features: PairFeatures) -> Damage:
-        """Return the loss of a model, on the pairs that both could read."""
-        shared = np.intersect1d(self._rows, features.rows)
-        if not len(shared):
-            return Damage(0.0, 0.0)
-        before = self._before[np.isin(self._rows, shared)]
-        after = self._hits(features.at(shared))
-        lost = before - after
-        mean = float(lost.mean())
-        deviation = float(lost.std(ddof=1)) if len(lost) > 1 else 0.0
-        return Damage(mean, mean - NORMAL_Z * deviation / math.sqrt(len(lost)))
-
-    def _hits(self, features: PairFeatures) -> np.ndarray:
-        """[n], 1 if the nearest caption is the own one or means the same; a share for ties."""
-        place = {key: row for row, key in enumerate(features.captions)}
-        known = [place.get(key) for key in self._keys]
-        # A caption that this model did not encode, since its pair was unreadable, is no candidate.
-        text = features.text[[row or 0 for row in known]]
-        missing = torch.tensor([row is None for row in known])
-        similarity = (features.image @ text.T).masked_fill(missing, -torch.inf)
-        column = {key: i for i, key in enumerate(self._keys)}
-        own = torch.tensor([column[key] for key in features.first_captions])
-        return find_position(similarity, self._alike[own]).hit(1)
-
-
-def find_neighbours(
-    forget_text: Tensor, retain: PairFeatures, count: int, *, most: float = math.inf
-) -> np.ndarray:
-    """Return `count` rows (sorted) of pairs whose captions are nearest to `forget_text` [m, D].
-
-    Those that are nearer than the cosine `most` are left out. Equal captions are equally near.
-    """
-    first = _first_places(retain)
-    number = {caption: i for i, caption in enumerate(first)}
-    own = torch.tensor([number[caption] for caption in retain.first_captions], dtype=torch.long)
-    nearest = closeness(forget_text, retain.first_text[list(first.values())])[own]
-    order = nearest.argsort(descending=True, stable=True)
-    order = order[nearest[order] <= most][:count]
-    return np.sort(retain.rows[order.numpy()])
-
-
-def _first_places(features: PairFeatures) -> dict[str, int]:
-    """Return first caption -> the first pair with it, in order."""
-    first: dict[str, int] = {}
-    for place, caption in enumerate(features.first_captions):
-        first.setdefault(caption, place)
-    return first
-
-
-def closeness(forget_text: Tensor, text: Tensor) -> Tensor:
-    """Return [n], the largest cosine of each row of `text` [n, D] with `forget_text` [m, D]."""
-    return torch.cat([chunk.amax(1) for _, chunk in similarity_chunks(text, forget_text)])
-
-
 def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFeatures) -> set[str]:
     """Warn of retain captions that name the concept: training on them would teach it again.
 
     Returns these captions.
     """
-    place = _first_places(retain)
+    place = first_places(retain)
     text = retain.first_text[list(place.values())]
     near = torch.stack([closeness(each.first_text, text) for each in forget_sets]).amax(0)
     phrases = {caption for each in forget_sets for caption in each.first_captions}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,19 +17,24 @@ from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.job import Job
 from fasterase.engine.loss import FeatureGradients, StepLoss
 from fasterase.engine.pacing import Pacing
-from fasterase.engine.stops import NonFiniteGuard, how_to_continue, non_finite_term, stop_error
+from fasterase.errors import NonFiniteError
 from fasterase.objective import EraseLoss
 from fasterase.original.features import CachedOriginal
 from fasterase.pairs.batches import StepBatch
 from fasterase.parallel.engine import Engine
 from fasterase.progress import SHORT_SECONDS, Progress, WaitingShare, say
 from fasterase.seeds import Stream, torch_seed
-from fasterase.signals import Stopped, current_stop
+from fasterase.signals import Stopped, current_stop, how_to_continue, stop_error
+
+log = logging.getLogger(__name__)
 
 # Seconds between checkpoints if `save_every` is None.
 SAVE_SECONDS = 600.0
 # Seconds that a check of the verdict is given to finish after a signal; it cannot be saved midway.
 CHECK_PATIENCE_SECONDS = 5.0
+# In fp16 the loss scale finds its level by overflowing (it halves at each overflow, from 2^16), so
+# that many steps may fail before such a run counts as broken.
+LIMITS = {"fp32": 3, "bf16": 3, "fp16": 20}
 
 
 @dataclass
@@ -255,3 +261,39 @@ def _save(checkpoints: CheckpointFolder, trainer: Trainer, pacing: Pacing) -> fl
     checkpoints.save(trainer.checkpoint(pacing))
     say(f"checkpoint of step {trainer.step:,} written", since=began, least=SHORT_SECONDS)
     return time.monotonic()
+
+
+class NonFiniteGuard:
+    """Counts consecutive steps that could not be applied; too many depends on `precision`."""
+
+    def __init__(self, precision: str) -> None:
+        self.limit = LIMITS[precision]
+        self.in_a_row = 0  # a resumed run sets it
+
+    def record(self, term: str | None, *, step: int, ids: Sequence[str]) -> None:
+        """Record a step: `term` is its first non-finite term, None if all were finite.
+
+        Raises:
+            NonFiniteError: too many steps in a row were not; names term, step and pair ids.
+        """
+        if term is None:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        log.warning("Step %d: %s is not finite; the step is not applied.", step, term)
+        if self.in_a_row >= self.limit:
+            shown = ", ".join(ids[:8]) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")
+            raise NonFiniteError(
+                f"{term} is not finite at step {step}, for {self.in_a_row} steps in a row. The "
+                f"model holds the weights of the last good step. Pairs of this step: {shown}. "
+                "Try a lower lr, max_grad_norm=1.0 or precision='fp32', and look at these pairs.",
+                term=term,
+                step=step,
+                pair_ids=ids,
+            )
+
+
+def non_finite_term(terms: Mapping[str, float]) -> str | None:
+    """Return the first term of an `EraseLoss` that is NaN or infinite, the total last."""
+    names = (*EraseLoss._fields[1:], "total")
+    return next((name for name in names if not math.isfinite(terms[name])), None)

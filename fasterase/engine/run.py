@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fasterase.config import describe_recipe
 from fasterase.encode import PairEncoder
-from fasterase.engine.baseline import Checks, measure_original, measured_rows
+from fasterase.engine.baseline import measure_original, measured_rows
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
+from fasterase.engine.checks import Checks
 from fasterase.engine.conditions import check_same, check_steps_left, check_train_mode
 from fasterase.engine.history import StepRecord
 from fasterase.engine.job import Draws, Job

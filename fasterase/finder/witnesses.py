@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fasterase.encode import check_readable
-from fasterase.engine.baseline import closeness
+from fasterase.engine.damage import closeness
 from fasterase.engine.words import COMMON
 from fasterase.errors import InputError
 from fasterase.original.features import OriginalFeatures

@@ -1,6 +1,7 @@
 """Pairs from Python objects: map-style datasets, data loaders, iterables, Hugging Face datasets.
 
-The name of a pair's class becomes its caption, where a dataset has class numbers.
+The name of a pair's class becomes its caption, where a dataset has class numbers. DataFrames, which
+have columns, are read by `read_files.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """WebDataset shards: tars are indexed and read by offset, compressed ones and pipes from memory.
 
-The index of remote shards and of large sets is kept, an Arrow file for each shard, in the folder
-`.fasterase` beside the shards or in the user's cache folder. Only a shard whose size or version
-(time of change, ETag) is not what its index says, or whose index is damaged, is indexed again.
+`tar_reader.py` finds the members of one. The index of remote shards and of large sets is kept, an
+Arrow file for each shard, in the folder `.fasterase` beside the shards or in the user's cache
+folder. Only a shard whose size or version (time of change, ETag) is not what its index says, or
+whose index is damaged, is indexed again.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Output for people: tables, plots, picture sheets and the examples on them."""
+"""Output for people: tables, plots, picture sheets and the examples on them (page.py: the page)."""

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from fasterase.encode import PairFeatures
 from fasterase.engine import baseline
-from fasterase.engine.baseline import Damage, DamageMeter, closeness, find_neighbours
+from fasterase.engine.damage import Damage, DamageMeter, closeness, find_neighbours
 from fasterase.engine.job import RetainPool
 
 

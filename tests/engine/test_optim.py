@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fasterase.engine.history import HistoryFile, StepRecord, read_history
+from fasterase.engine.loop import NonFiniteGuard, non_finite_term
 from fasterase.engine.optim import Trained, build_optimizer
 from fasterase.engine.rates import Schedule
-from fasterase.engine.stops import NonFiniteGuard, non_finite_term
 from fasterase.errors import NonFiniteError
 from fasterase.objective import EraseLoss
 from tests.tiny_model import TinyModel
