@@ -227,6 +227,7 @@ def test_the_worst_of_all_sets_to_forget_is_the_verdict():
     assert never.verdict == "never known"
 
 
+@pytest.mark.slow
 def test_a_given_lr_is_kept_until_the_run_fades():
     result = run(knowing_model(), lr=1e-3)
     lrs = [record.lr for record in result.history]

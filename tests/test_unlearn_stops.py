@@ -167,6 +167,7 @@ def test_a_signal_in_the_sweep_leaves_the_model_as_it_was(tmp_path, name, saving
         continues_as_if_nothing_had_happened(tmp_path)
 
 
+@pytest.mark.slow
 def test_sigterm_to_all_processes_of_the_run(tmp_path):
     """As schedulers send it: workers that died of it would take the step with them."""
     assert preempted_with_workers(tmp_path) == 75

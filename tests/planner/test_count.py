@@ -25,7 +25,13 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("ViT-S-32", "RN50") else pytest.mark.slow)
+        for name in PUBLISHED
+    ],
+)
 def test_parameters_and_flops_are_the_published_ones(name):
     parameters, image, text = PUBLISHED[name]
     model = load_architecture(name)

@@ -143,7 +143,7 @@ def test_what_cannot_be_planned_is_refused(model, options, says):
 
 def test_a_command_can_be_pasted():
     options = {"forget_words": ["guide dog", "cat"], "output_dir": "my runs", "device": "cpu"}
-    command = fasterase.plan("ViT-B-32", 1000, **options).command
+    command = fasterase.plan(small_models.open_clip_vit(), 1000, **options).command
     flags = shlex.split(command)
     assert flags[flags.index("--forget_words") + 1] == "guide dog,cat"
     assert flags.count("--output_dir") == 1

@@ -29,6 +29,7 @@ def test_a_picture_that_is_not_blank_is_written(tmp_path: Path, history: list) -
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
+@pytest.mark.slow
 def test_plots_leave_pyplot_alone(tmp_path: Path) -> None:
     code = (
         "import sys; from fasterase.report.plots import history_charts, plot_charts; "

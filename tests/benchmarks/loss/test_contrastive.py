@@ -193,6 +193,7 @@ def test_memory_is_that_of_the_matrices():
     assert found["fasterase-chunked"] < found["fasterase-dense"] / 2
 
 
+@pytest.mark.slow
 def test_memory_of_a_provider_that_fails_says_why():
     with pytest.raises(UnavailableError, match="need a CUDA GPU"):
         measure.peak_extra_bytes(PROVIDERS["memeff"], Case(64, 8), "full")

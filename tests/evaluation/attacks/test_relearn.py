@@ -163,6 +163,7 @@ def residue(scores: dict[str, float]) -> float:
     return (scores["image_to_text_residue"] + scores["text_to_image_residue"]) / 2
 
 
+@pytest.mark.slow
 def test_what_was_hidden_comes_back_sooner_than_what_was_never_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
