@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fasterase.engine import held_texts
 from fasterase.evaluation import hurt
 from tests.browser import browser
 
@@ -12,8 +13,9 @@ __all__ = ["browser"]
 
 @pytest.fixture(autouse=True)
 def everyday_things(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure no everyday things: tokenizers of tests know few words, and thousands take seconds.
+    """Measure and hold no words: tokenizers of tests know few words, and thousands take seconds.
 
-    Processes of their own, the demo's among them, and `test_hurt.py` measure them.
+    Processes of their own, the demo's among them, and the tests of both do.
     """
     monkeypatch.setattr(hurt, "everyday_things", lambda: ())
+    monkeypatch.setattr(held_texts, "common_words", lambda: ())
