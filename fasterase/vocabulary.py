@@ -14,8 +14,6 @@ from importlib.resources import files
 UNREADABLE = (LookupError, TypeError, ValueError)
 # Words that English uses more than 400 times in a million (log10 in a billion) are about nothing.
 GRAMMAR = 5.6
-# Those that it uses more than 16 times have uses that no concept explains.
-COMMON = 4.2
 # Letters in a row, with hyphens and apostrophes apart: "snow-capped" are two words.
 _WORD = re.compile(r"[^\W\d_]+")
 # Or digits in a row, as many as say whose they are: a part of a telephone number, not "2 dogs".
@@ -73,14 +71,6 @@ def english_by_part() -> Mapping[str, list[str]]:
 def everyday_things() -> tuple[str, ...]:
     """Return 2,000 names of things and short phrases, sorted."""
     return tuple(_read("everyday.txt").splitlines())
-
-
-@functools.cache
-def common_words() -> tuple[str, ...]:
-    """Return English words that are common and name no everyday thing, sorted."""
-    named = {word for thing in everyday_things() for word in words_of(thing)}
-    levels = english_frequencies().items()
-    return tuple(sorted(w for w, level in levels if COMMON <= level < GRAMMAR and w not in named))
 
 
 def _read(name: str) -> str:

@@ -21,12 +21,10 @@ from fasterase.engine.damage import (
     first_places,
 )
 from fasterase.engine.decoys import Decoys
-from fasterase.engine.held_texts import ENOUGH_PAIRS, HeldTexts
 from fasterase.engine.job import Draws, Job
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.scores import TIE
 from fasterase.evaluation.verdict import EARLIER, Judge, Trace, summarise
-from fasterase.objective import Strangers
 from fasterase.original.features import (
     CachedOriginal,
     LiveOriginal,
@@ -61,12 +59,7 @@ class Baseline:
     damage: DamageMeter | None  # for an automatic run
     damage_rows: np.ndarray  # rows (sorted) of the retain set that it compares
     near_rows: np.ndarray  # rows (sorted) of it that an automatic run draws more often
-    held: HeldTexts | None  # made-up facts of a link, or words beside few pairs to keep
-
-    @property
-    def strangers(self) -> Sequence[Strangers]:
-        """What links are to end at; none of concepts."""
-        return self.held.strangers if isinstance(self.held, Decoys) else ()
+    decoys: Decoys | None  # of a link
 
     @property
     def known_sets(self) -> list[str]:
@@ -119,9 +112,10 @@ def measure_original(
         return {name: original.pairs(job.sets[name], rows) for name, rows in of_sets.items()}
 
     of_retain = features(_floor_rows(job, "retain"))["retain"]
-    of_concepts = [*features(_floor_rows(job, *(job.concepts or ["forget"]))).values()]
+    of_concepts = features(_floor_rows(job, *(job.concepts or ["forget"]))).values()
     floors = [unmatched_cosines(each, of_retain) for each in of_concepts]
-    held = _hold_texts(job, encoder, of_concepts, of_retain)
+    is_link = job.config.erases_link
+    decoys = Decoys.make(job, encoder, [*of_concepts], of_retain) if is_link else None
     judged = features(judge.rows)
     judge.calibrate(encoder, judged)
     traces = summarise(judge.judge(judged))
@@ -146,24 +140,8 @@ def measure_original(
             _warn_of_pictures(judged["forget"], kept, job.retain, named)
     of_steps = _open_original(job, encoder, original)
     return Baseline(
-        floors, judged, traces, measured, of_steps, damage, damage_rows, near_rows, held
+        floors, judged, traces, measured, of_steps, damage, damage_rows, near_rows, decoys
     )
-
-
-def _hold_texts(
-    job: Job,
-    encoder: PairEncoder,
-    forget: Sequence[PairFeatures],  # some pairs of each concept
-    retain: PairFeatures,  # some to keep
-) -> HeldTexts | None:
-    """Return what the steps hold beside their pairs."""
-    config = job.config
-    if config.erases_link:
-        return Decoys.make(job, encoder, forget, retain)
-    if len(job.retain) >= ENOUGH_PAIRS or not config.anchor_weight:
-        return None
-    captions = {caption for each in forget for caption in each.captions}
-    return HeldTexts.of_words(encoder, captions, config)
 
 
 def _wanted_rows(

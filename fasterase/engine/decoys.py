@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
-from fasterase.engine.held_texts import HeldTexts
 from fasterase.engine.job import Job
 from fasterase.engine.words import read_texts
 from fasterase.evaluation.placebo import made_up_captions, shares_below
+from fasterase.models.preprocessing import Tokens
 from fasterase.objective import Strangers
 from fasterase.pairs.table import PairTable
+from fasterase.parallel.engine import Engine
+from fasterase.parallel.ranks import Ranks
 from fasterase.progress import say
 from fasterase.seeds import Stream, generator
 from fasterase.transfers import to_device
@@ -32,15 +34,21 @@ from fasterase.vocabulary import UNREADABLE, UNSPACED
 # How far below their mean residue a pair is to end: the last steps leave it a little above, and on
 # the mean itself chance would decide the verdict.
 BELOW = 0.03
-# Made-up facts of each concept; pairs whose captions are read.
-COUNT, READ_PAIRS = 2048, 1024
+# Made-up facts of each concept, of which each step holds some; pairs whose captions are read.
+COUNT, HELD_A_STEP = 2048, 128
+READ_PAIRS = 1024
 
 
 @dataclass(frozen=True)
-class Decoys(HeldTexts):
+class Decoys:
     """Captions of made-up facts, and what the original makes of them."""
 
+    tokens: Tokens  # [m, L]
+    text: Tensor  # [m, D], the original's features
     strangers: list[Strangers]  # of each concept
+    weight: float  # of their mean squared distance from the original, in the loss
+    micro_batch_size: int  # how many are encoded at a time
+    seed: int
 
     @classmethod
     def make(
@@ -67,12 +75,41 @@ class Decoys(HeldTexts):
         return cls(
             job.model.tokenize([caption for each in captions for caption in each]),
             torch.cat(texts),
-            config,
             [
                 _describe_strangers(of_concept, text, retain, job.model.device)
                 for of_concept, text in zip(forget, texts, strict=True)
             ],
+            config.anchor_weight,
+            config.micro_batch_size or HELD_A_STEP,
+            config.seed,
         )
+
+    def hold(self, engine: Engine, ranks: Ranks, step: int) -> Tensor:
+        """Add the gradient of a step's share of them; return [] their mean squared distance."""
+        count = min(HELD_A_STEP, len(self.text))
+        drawn = generator(self.seed, Stream.MADE_UP, step).permutation(len(self.text))[:count]
+        own = drawn[ranks.rank :: ranks.world_size]
+        # All ranks call the towers equally often: what one has less than others weighs nothing.
+        most = -(-count // ranks.world_size)
+        rows = np.append(own, np.repeat(drawn[:1], most - len(own)))
+        counts = torch.arange(most, device=engine.device) < len(own)
+        size, share = self.micro_batch_size, ranks.world_size / count
+        places = [slice(start, start + size) for start in range(0, most, size)]
+        moved = torch.cat([self._hold(engine, rows[p], counts[p], share) for p in places])
+        parts = ranks.gather_rows((moved * counts)[:, None], [most] * ranks.world_size)
+        return torch.cat(parts).sum() / count
+
+    def _hold(self, engine: Engine, rows: np.ndarray, counts: Tensor, share: float) -> Tensor:
+        """Add the gradient of some that count, each by a share; return [n] squared distances."""
+        before = to_device(self.text[rows], engine.device)
+        with torch.enable_grad():
+            features = engine(None, self.tokens.index(rows.tolist()).to(engine.device)).text
+            assert features is not None
+            moved = (features - before).square().sum(1)
+            # Engines average over the ranks.
+            loss = self.weight * share * (moved * counts).sum()
+            torch.autograd.backward(engine.upstream() * loss)
+        return moved.detach()
 
 
 def _describe_strangers(

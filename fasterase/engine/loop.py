@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
+from fasterase.engine.decoys import Decoys
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
-from fasterase.engine.held_texts import HeldTexts
 from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.job import Job
 from fasterase.engine.loss import FeatureGradients, StepLoss
@@ -46,7 +46,7 @@ class Trainer:
     loss: StepLoss
     # Towers that give the original's features before the first step.
     unchanged: Collection[str] = ()
-    held: HeldTexts | None = None  # in each step, beside the batch
+    decoys: Decoys | None = None  # made-up facts to hold in each step, beside the batch
     emphasised: Sequence[int] = ()  # retain rows that are drawn more often, for checkpoints
     step: int = 0  # how many were taken
 
@@ -86,9 +86,9 @@ class Trainer:
                 ),
                 passes=passes if engine.in_lockstep else None,
             )
-            if self.held is not None and self.held.weight:
-                moved = self.held.hold(engine, job.ranks, batch.step)
-                loss = loss._replace(total=loss.total + self.held.weight * moved)
+            if self.decoys is not None and self.decoys.weight:
+                moved = self.decoys.hold(engine, job.ranks, batch.step)
+                loss = loss._replace(total=loss.total + self.decoys.weight * moved)
         if batch.step == 0 and isinstance(self.loss.original, CachedOriginal):
             with job.ranks.raising_together():
                 self.loss.original.check_start(

@@ -255,7 +255,7 @@ class Run:
         return history, pacing
 
     def _build_trainer(self, engine: Engine) -> Trainer:
-        baseline = self._baseline
+        baseline, decoys = self._baseline, self._baseline.decoys
         # The towers whose features begin as the original's: not with Dropout, or other words.
         unchanged = ["image"] if self._words and self._words.tokens else ["image", "text"]
         return Trainer(
@@ -265,11 +265,11 @@ class Run:
                 self.job,
                 self._trained,
                 floors=baseline.floors,
-                strangers=baseline.strangers,
+                strangers=decoys.strangers if decoys else (),
                 original=baseline.original,
             ),
             unchanged=[] if self.job.config.train_mode else unchanged,
-            held=baseline.held if self._trained.text else None,
+            decoys=decoys,
             emphasised=self._draws.emphasised,
         )
 
@@ -347,7 +347,7 @@ class Run:
     def _build_rate(self) -> Rate:
         config, total_steps = self.job.config, self._draws.total_steps
         if config.lr == "auto" and config.runs_until_forgotten:
-            is_link = bool(self._baseline.strangers)
+            is_link = self._baseline.decoys is not None
             return LineFollower(line_steps=LINK_LINE_STEPS if is_link else LINE_STEPS)
         if config.lr == "auto":
             return LineFollower(line_steps=total_steps)
@@ -372,7 +372,7 @@ class Run:
                 is_forgotten=checks.is_forgotten if config.stop_when_forgotten else None,
                 check_steps=self._draws.sampler.steps_per_epoch,
             )
-        is_link = bool(self._baseline.strangers)
+        is_link = self._baseline.decoys is not None
         # Nothing pushes a tower beside the original's other one without cross terms.
         patience = PATIENCE_STEPS if config.used_cross_weight else 0
         if config.thorough or is_link:

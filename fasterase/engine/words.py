@@ -27,7 +27,6 @@ from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator, torch_seed
 from fasterase.vocabulary import (
-    COMMON,
     GRAMMAR,
     UNREADABLE,
     UNSPACED,
@@ -50,6 +49,9 @@ LEAST_SHARE = 0.01
 # Pairs, or words, that are made into tokens at a time.
 AT_ONCE = 1024
 LISTED = 12  # words of a kind, in a line
+# Words that English uses more than 16 times in a million (log10 in a billion) have uses that no
+# concept explains: they are taken only where they are named.
+COMMON = 4.2
 # Spread of the new vectors, as a share of that of all. Without any, all words would be the same
 # word, and relearning one of them would teach the others.
 SPREAD = 0.3

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fasterase.encode import check_readable
 from fasterase.engine.damage import closeness
+from fasterase.engine.words import COMMON
 from fasterase.errors import InputError
 from fasterase.original.features import OriginalFeatures
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks
 from fasterase.progress import Progress
 from fasterase.seeds import Stream, generator
-from fasterase.vocabulary import COMMON, GRAMMAR, UNSPACED, english_frequencies, words_of
+from fasterase.vocabulary import GRAMMAR, UNSPACED, english_frequencies, words_of
 
 # Pairs whose features are in memory at a time: 32 MB of D=512.
 CHUNK = 1 << 13
