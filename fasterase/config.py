@@ -93,7 +93,7 @@ class UnlearnConfig:
             original (paper: 3).
         anchor_weight: weight of the squared distance to the original's features, over the retain
             pairs. Prevents a common shift of all features, which InfoNCE and the KL cannot see.
-            Beside fewer than 1,000 pairs, texts of common words are held too. 0 is the paper.
+            0 is the paper.
         forget_loss: `"similarity"` lowers the cosine of matched forget pairs (paper);
             `"contrastive"` is gradient ascent on their InfoNCE.
         floor: cosine below which a forget pair is no longer pushed. `"auto"` takes the original's
