@@ -131,7 +131,14 @@ class TextTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Encode `texts`: ids [B, context_length] int64, with a mask where the model takes one."""
-        encoded, mask = self.source(list(texts), **self._options), None
+        try:
+            encoded, mask = self.source(list(texts), **self._options), None
+        except Exception as error:
+            # What the library `tokenizers` raises for a word that a vocabulary without an unknown
+            # token lacks.
+            if type(error) is Exception:
+                raise ValueError(f"tokenizer: {error}") from error
+            raise
         if isinstance(encoded, Mapping) or hasattr(encoded, "input_ids"):
             encoded, mask = encoded["input_ids"], encoded.get("attention_mask")
         ids = torch.as_tensor(encoded)

@@ -8,21 +8,24 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 from torch import nn
 from torchvision import transforms
-from transformers import CLIPProcessor
+from transformers import CLIPProcessor, PreTrainedTokenizerFast
 
 import fasterase
 from fasterase.errors import InputError
 from fasterase.models import load_model
 from fasterase.models.preprocessing import (
     ImageTransform,
+    TextTokenizer,
     build_open_clip_transform,
     describe_transform,
     wrap_transform,
 )
+from fasterase.vocabulary import UNREADABLE
 from tests import small_models
 from tests.models.conftest import build_model, noise_picture
 
@@ -52,6 +55,18 @@ def test_open_clip_tokenizers_are_run_at_the_model_s_length():
 
     model = load_model(MODULE, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
     assert model.tokenize(["a cat"]).ids.shape == (1, 16)
+
+
+def test_a_word_that_a_closed_vocabulary_lacks_is_no_crash():
+    """Whoever measures words of the language at large goes on without them (`UNREADABLE`)."""
+    known = {"[PAD]": 0, "a": 1, "photo": 2, "of": 3, "cat": 4, "the": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known))  # no unk_token among them
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
+    tokenize = TextTokenizer(fast, 16, with_mask=False)
+    assert tokenize(["a cat"]).ids[0, :2].tolist() == [1, 4]
+    with pytest.raises(UNREADABLE, match=r"tokenizer: .*(?i:unk)"):
+        tokenize(["a dog"])
 
 
 @pytest.mark.parametrize(
