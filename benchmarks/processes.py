@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import Connection
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from fasterase.errors import InputError
+from fasterase.signals import end_with_parent
 
 Job = TypeVar("Job", bound=Hashable)
 Found = TypeVar("Found")
@@ -90,11 +92,15 @@ def call_all(
 ) -> dict[Job, Found]:
     """Return job -> `call(job, *arguments)`, computed in new processes of one thread each.
 
-    Prints what `describe` says of a job as soon as it is done.
+    Prints what `describe` says of a job as soon as it is done. On Linux, the processes end with
+    this one, also where it is killed.
     """
     found: dict[Job, Found] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_use_one_thread) as pool:
+    pool = ProcessPoolExecutor(
+        processes, context, initializer=_prepare_worker, initargs=(os.getpid(),)
+    )
+    with pool:
         pending = {pool.submit(call, job, *arguments): job for job in jobs}
         for done in as_completed(pending):
             job = pending[done]
@@ -103,5 +109,6 @@ def call_all(
     return found
 
 
-def _use_one_thread() -> None:
+def _prepare_worker(parent: int) -> None:
+    end_with_parent(parent)
     torch.set_num_threads(1)
