@@ -99,7 +99,7 @@ class ForgottenWords:
             listed = _list([f"{each.word} ({each.forget})" for each in self.at_risk])
             text += (
                 f". Common words of forget captions (how many) that no retain caption has, so that "
-                f"nothing holds them: {listed}"
+                f"nothing holds them: {listed}. If they are to stay, give retain pairs with them"
             )
         return text
 

@@ -274,7 +274,7 @@ def test_a_run_names_words_that_are_common_or_at_risk(capsys, tmp_path, monkeypa
     assert [each.word for each in result.words if each.is_common] == ["apple"]
     printed = "".join(capsys.readouterr())
     assert "1 token of the forget set alone lost its meaning: apple. Common words of" in printed
-    assert "nothing holds them: garden (1)" in printed
+    assert "nothing holds them: garden (1). If they are to stay, give retain pairs" in printed
     report = (tmp_path / "run" / "report.md").read_text()
     assert "- words that lost their meaning: **apple** (3 forget pairs)" in report
     assert "Words in bold are common" in report
