@@ -80,6 +80,7 @@ def test_activation_checkpointing_runs_the_blocks_again_in_less_memory():
     assert again.peak_bytes < 0.7 * whole.peak_bytes
 
 
+@pytest.mark.slow
 def test_the_line_between_one_pair_and_the_share_lies_on_the_counted_memory_or_above():
     model = load_architecture(small_models.open_clip_vit(layers=2))
     tracer = Tracer(model, precision="fp32", on_gpu=False)

@@ -101,6 +101,7 @@ def test_a_batch_that_does_not_fit_is_encoded_twice():
     assert "--micro_batch_size" not in whole.command
 
 
+@pytest.mark.slow
 def test_on_a_small_gpu_states_in_8_bits_are_used():
     module = small_models.open_clip_vit(layers=1, vocab_size=300)
     plan = fasterase.plan(module, 1000, gpu_memory=0.0008, batch_size=1, forget_batch_size=1)
@@ -155,6 +156,7 @@ def test_a_configuration_out_of_reach_says_what_is_needed(monkeypatch):
         fasterase.plan("roberta-ViT-B-32", 1000)
 
 
+@pytest.mark.slow
 def test_finding_encodes_every_pair_once_and_holds_their_scores():
     model = small_models.open_clip_vit()
     plan = fasterase.plan(model, 2_000_000, tflops=1, efficiency=1, find=True)
@@ -167,6 +169,7 @@ def test_finding_encodes_every_pair_once_and_holds_their_scores():
     assert "Finding" not in str(fasterase.plan(model, 2_000_000))
 
 
+@pytest.mark.slow
 def test_outputs_of_frozen_blocks_take_disk():
     """17 tokens of 32 numbers for an image and 16 for a text, and 20 bytes beside each."""
     options = {"forget": 1000, "tune": "last:1", "prefix_cache": 20}

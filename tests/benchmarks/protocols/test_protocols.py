@@ -140,6 +140,7 @@ def write_flickr(root: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_flickr30k(run, tmp_path: Path) -> None:
     path = write_flickr(tmp_path)
     table = run("flickr30k", tmp_path)
@@ -155,6 +156,7 @@ def test_flickr30k(run, tmp_path: Path) -> None:
     assert "is not in Karpathy's form" in run("flickr30k", tmp_path)
 
 
+@pytest.mark.slow
 def test_cc12m(run, tmp_path: Path) -> None:
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as archive:
