@@ -44,6 +44,18 @@ RELEARNED = (
     Attacked("relearn", "forget/area/residue", "relearned residue"),
     Attacked("relearn", "forget/area/contest_hit@1", "relearned hit@1"),
 )
+QUANTISED = (
+    Attacked("quantise", "forget/4_bits/image_to_text_residue", "in 4 bits: residue"),
+    Attacked("quantise", "forget/4_bits/contest_hit@1", "in 4 bits: hit@1"),
+)
+PROMPTED = (
+    Attacked("prompt", "forget/prompt/auc", "best prompt: AUC"),
+    Attacked("prompt", "forget-unseen/prompt/auc", "best prompt, unseen: AUC"),
+)
+MEMBERS = (
+    Attacked("membership", "forget/cosine/auc", "member: AUC"),
+    Attacked("membership", "forget-unseen/cosine/auc", "member, unseen: AUC"),
+)
 
 
 def attacks_of(figures: tuple[Attacked, ...]) -> tuple[str, ...]:

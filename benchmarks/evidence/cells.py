@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import closed_form, salient, trained
+from benchmarks.evidence import attacks, closed_form, salient, trained
 from benchmarks.evidence.task import FORGET_SETS, HIT, RECALL, Method, Setting, Task
 from benchmarks.processes import call_all
 from benchmarks.result_files import keep_json, read_csv
@@ -108,10 +108,13 @@ def _evaluate(model: DualEncoder, sets: DemoSets, cell: Cell) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "verdict: ")
         original = str(emoji.BASE_MODEL) if cheap else None
-        evaluation = evaluate_sets(model, sets, original=original, attacks=cheap, **options)
-        attacks = dict(evaluation.attacks)
+        others = attacks.non_members() if "membership" in cheap else None
+        evaluation = evaluate_sets(
+            model, sets, original=original, attacks=cheap, non_members=others, **options
+        )
+        found = dict(evaluation.attacks)
         if costly:
-            attacks |= evaluate_sets(model, sets, attacks=costly, **options).attacks
+            found |= evaluate_sets(model, sets, attacks=costly, **options).attacks
     residues = {name: evaluation.mean_residue(name) for name in FORGET_SETS}
     return {
         "scores": evaluation.scores,  # set -> metric -> value
@@ -120,7 +123,7 @@ def _evaluate(model: DualEncoder, sets: DemoSets, cell: Cell) -> dict[str, Any]:
         "residues": {name: value for name, value in residues.items() if value is not None},
         "attacks": {
             attack: {figure.key: figure.value for figure in figures.values()}
-            for attack, figures in attacks.items()
+            for attack, figures in found.items()
         },
     }
 

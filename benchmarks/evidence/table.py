@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.attacks import PROBED, RELEARNED, SWAPPED
+from benchmarks.evidence.attacks import (
+    MEMBERS,
+    PROBED,
+    PROMPTED,
+    QUANTISED,
+    RELEARNED,
+    SWAPPED,
+)
 from benchmarks.evidence.cells import ORIGINAL, RETRAINED, TRACE, Row
 from benchmarks.evidence.task import FORGET_SETS, HIT, KEEP_SETS, RECALL
 from benchmarks.result_files import count_words, group_rows, group_table, markdown_table, sum_up
 
-ATTACKED = (*SWAPPED, *PROBED, *RELEARNED)
+ATTACKED = (*SWAPPED, *PROBED, *RELEARNED, *QUANTISED, *PROMPTED, *MEMBERS)
 RESAMPLES = 10_000
 Originals = Mapping[tuple[str, int], Row]  # (subgroup, seed) -> the original there
 Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the validation concepts)
@@ -96,7 +103,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "forget-unseen hit@1": "unseen hit@1 ↓",
         "forget-unseen residue": "unseen residue → 50",
         **{f"{name} change": f"{name} R@1 change ↑" for name in KEEP_SETS},
-        **{each.title: f"{each.title} ↓" for each in ATTACKED},
+        **{each.title: f"{each.title} {'→ 50' if each in MEMBERS else '↓'}" for each in ATTACKED},
         "seconds": "seconds",
     }
     shown = {
@@ -131,7 +138,7 @@ def beside_retrained(rows: Sequence[Row], method: str) -> str:
     originals = originals_of(rows)
     figures = [
         figure
-        for figure in (*SWAPPED, *RELEARNED)
+        for figure in (*SWAPPED, *RELEARNED, *QUANTISED, *PROMPTED, *MEMBERS)
         if all(isinstance(row.get(f"{figure.attack} {figure.key}"), float) for row in shown)
     ]
     lines: list[dict[str, Any]] = []
