@@ -241,7 +241,7 @@ class UnlearnConfig:
     train_mode: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", PLAN, FIND, BASIC)
     activation_checkpointing: bool = _field(False, FREE, PLAN)
-    prefix_cache: float | None = _field(None, limit=POSITIVE)
+    prefix_cache: float | None = _field(None, PLAN, limit=POSITIVE)
     backend: Literal["auto", "dense", "chunked", "cpu", "triton"] = _field("auto", PLAN)
     device: str | None = _field(None, FREE, PLAN, EVALUATE, FIND, BASIC)
     deepspeed: str | dict[str, Any] | None = _field(  # noqa: RUF009

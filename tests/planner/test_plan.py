@@ -181,6 +181,8 @@ def test_outputs_of_frozen_blocks_take_disk():
     half = fasterase.plan(model, 100_000, forget_augment=False, **options)
     assert half.prefix_bytes == 26_600 * (2 * image + 2 * text + 40)
     assert fasterase.plan(model, 100_000, tune="last:1").prefix_bytes == 0
+    flags = ["--model", "ViT-B-32", "--pairs", "9", "--prefix_cache", "20"]
+    assert parse(["plan", *flags]).values["prefix_cache"] == 20
     with pytest.raises(InputError, match="one process"):
         fasterase.plan(model, 100_000, gpus=8, **options)
 
