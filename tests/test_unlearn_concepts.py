@@ -141,6 +141,24 @@ def test_a_run_of_several_concepts_continues_with_the_same_bits(tmp_path):
     assert same_weights(resumed.model.state_dict(), whole.model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:verdict")
+@pytest.mark.parametrize(("micro_batch_size", "most"), [(None, 18), (5, 5)])
+def test_each_concept_brings_its_own_batch_and_no_more_memory(monkeypatch, micro_batch_size, most):
+    seen = []
+
+    def see(self, batch, *args, **options):
+        rows = batch.forget_rows
+        seen.append([(rows < 12).sum(), (rows >= 12).sum(), len(batch.retain_rows)])
+        assert max(len(part.ids) for part in batch.micro_batches) == most
+        return STEP(self, batch, *args, **options)
+
+    monkeypatch.setattr(Trainer, "train_step", see)
+    sizes = {"batch_size": 12, "forget_batch_size": 6, "micro_batch_size": micro_batch_size}
+    result = run(knowing_model(), lr=1e-4, max_steps=1, epochs=1, **sizes)
+    assert seen == [[6, 6, 24]]
+    assert (result.config.batch_size, result.config.forget_batch_size) == (12, 6)
+
+
 def test_concepts_have_equal_parts_of_a_batch_whatever_their_size():
     groups = [np.arange(12), np.arange(12, 60)]
     sampler = Sampler(60, 0, forget_batch_size=8, batch_size=1, seed=0, forget_groups=groups)

@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     found.sort(key=lambda row: (order.index(row["method"]), row["subgroup"], row["seed"]))
 
     rows = table.summarise(found)
-    text = f"{table.as_table(rows)}\nTuned on {tuned_on}:\n\n{describe_choice(chosen)}\n"
+    text = table.as_table(rows)
+    if chosen:
+        text += f"\nTuned on {tuned_on}:\n\n{describe_choice(chosen)}\n"
     beside = table.beside_retrained(found, "fasterase")
     if beside:
         text += f"\nBeside models that were trained without the concept:\n\n{beside}"
@@ -116,7 +118,7 @@ def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> t
         others = check_methods([title for title in earlier_titles if title not in chosen])
         earlier, earlier_tuned_on = read_settings(file, others)
         chosen, tuned_on = earlier | chosen, tuned_on or earlier_tuned_on
-    if options.merge or options.settings is None:
+    if chosen and (options.merge or options.settings is None):
         write_csv(file, settings_table(chosen, tuned_on))
     return chosen, tuned_on
 

@@ -6,7 +6,8 @@ Every erasure is the library's default and starts from the saved model of the on
 takes for the original. Concepts that are erased later are retain pairs until then; those erased
 before are left out, and nothing else is said of them. The subgroups are erased in the given order,
 in the reverse one, each alone, and all at once: as a single forget set, and as a mapping of
-concepts, each of which has a floor and a verdict of its own. All models of a seed are measured on
+concepts, each of which has a floor and a verdict of its own; with --mapping_only each alone and as
+a mapping. All models of a seed are measured on
 the same sets: retain, neighbours and held-out hold none of the subgroups. --work keeps models and
 measurements, so an interrupted command resumes. Writes sequential.csv, a row per model and set, to
 --output, and prints the means over seeds.
@@ -259,9 +260,13 @@ def table(rows: Sequence[Mapping[str, Any]], subgroups: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     default = ["food-fruit", "animal-bird", "drink"]
     parser = comparison_parser(__doc__, work="runs/sequential", seeds=2, subgroups=default)
+    only = "each alone and as a mapping, nothing else"
+    parser.add_argument("--mapping_only", action="store_true", help=only)
     options = parser.parse_args(arguments)
     work, subgroups = options.work, options.subgroups
     states = plan(subgroups, options.seeds)
+    if options.mapping_only:
+        states = [state for state in states if state.is_mapping or len(state.gone) < 2]
     found: dict[State, Evaluation] = {}
     # Those that wait for no other at the same time.
     for _, those in groupby(states, key=lambda state: len(state.erased)):

@@ -92,6 +92,23 @@ class Job:
             np.arange(len(self.forget))
         ]
 
+    @cached_property
+    def batches(self) -> UnlearnConfig:
+        """The settings with the batches of all concepts: of several, each brings its own.
+
+        With the batch of one for all of them, four concepts cost the pairs outside both sets twice
+        as much (docs/results.md). They take no more memory: that of one is encoded at a time.
+        """
+        config, count = self.config, len(self.concepts)
+        if count < 2:
+            return config
+        pairs = config.batch_size + config.forget_batch_size
+        return config.replace(
+            batch_size=count * config.batch_size,
+            forget_batch_size=count * config.forget_batch_size,
+            micro_batch_size=config.micro_batch_size or -(-pairs // self.ranks.world_size),
+        )
+
     @property
     def judged_towers(self) -> tuple[str, ...]:
         """The towers that are to give nothing away beside the original's other one."""
@@ -151,7 +168,7 @@ class Draws:
     """
 
     def __init__(self, job: Job) -> None:
-        config, forget, retain = job.config, job.forget, job.retain
+        config, forget, retain = job.batches, job.forget, job.retain
         self._job = job
         self.pool: RetainPool | None = None
         self.withheld = np.empty(0, np.int64)
@@ -169,7 +186,7 @@ class Draws:
         self.total_steps = count_steps(config, self.sampler)
 
     def _make_sampler(self, *, without: np.ndarray) -> Sampler:
-        config, forget, retain = self._job.config, self._job.forget, self._job.retain
+        config, forget, retain = self._job.batches, self._job.forget, self._job.retain
         return Sampler(
             len(forget),
             len(retain),

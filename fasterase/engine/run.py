@@ -418,7 +418,7 @@ class Run:
                 self._encoder.prepare,
                 first_step=trainer.step,
                 last_step=pacing.total_steps,
-                micro_batch_size=config.micro_batch_size,
+                micro_batch_size=job.batches.micro_batch_size,
                 augment_forget=config.forget_augment,
                 prefixes=self._encoder.prefixes,
                 num_workers=self._num_workers,
