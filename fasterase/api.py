@@ -106,8 +106,8 @@ def unlearn(
             dicts or of batches; a table, a folder, tars; what `fasterase.split` returned. An image
             that is a float tensor (3, H, W) counts as preprocessed; a text is a str, a list of str
             of which one is drawn each time, or token ids. Of several concepts a mapping, name ->
-            pairs: each has a floor, batches, a verdict and a row of its own, weighs more the slower
-            it goes, and the run ends when each is forgotten.
+            pairs: each has a floor, an equal part of every batch, a verdict and a row of its own,
+            weighs more the slower it goes, and the run ends when each is forgotten.
         retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning. An
             empty set needs numbers for lr and epochs (or max_steps), and gives no verdict.
         config: settings; `overrides` are fields of it by name.

@@ -127,13 +127,13 @@ class UnlearnConfig:
             neighbours, may lose with `epochs="auto"` (0.03 is 3 points); `None` for any. It counts
             as exceeded when the near end of its confidence interval is, or when a quarter of the
             everyday words in `evaluation.outside` have lost most of their neighbours.
-        batch_size: retain pairs per step over all ranks, at most the size of the set; of several
-            concepts for each of them.
+        batch_size: retain pairs per step over all ranks, at most the size of the set; with four
+            concepts twice, with nine three times as many.
         forget_batch_size: forget pairs per step over all ranks, likewise.
         micro_batch_size: pairs encoded at a time. If smaller than the batch, GradCache's two passes
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
-            the whole batch at once, of several concepts that of one. In eval mode a caption that
-            repeats is encoded once a step.
+            the whole batch at once, with several concepts as many pairs as with one. In eval mode a
+            caption that repeats is encoded once a step.
         thorough: with `epochs="auto"` and cross terms, wait twice as long for towers that, beside
             the original's other one, find more than a tenth of a set's images: at more steps and
             damage to neighbours.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -94,18 +95,19 @@ class Job:
 
     @cached_property
     def batches(self) -> UnlearnConfig:
-        """The settings with the batches of all concepts: of several, each brings its own.
+        """The settings with the batches of a step, which grow as the root of several concepts.
 
-        With the batch of one for all of them, four concepts cost the pairs outside both sets twice
-        as much (docs/results.md). They take no more memory: that of one is encoded at a time.
+        With the batch of one for four concepts, pairs outside both sets lose twice as much; with
+        four times as many pairs as little as with twice (docs/results.md). They take no more
+        memory: so many pairs as one concept has are encoded at a time.
         """
-        config, count = self.config, len(self.concepts)
-        if count < 2:
+        config, factor = self.config, math.sqrt(max(1, len(self.concepts)))
+        if factor == 1:
             return config
         pairs = config.batch_size + config.forget_batch_size
         return config.replace(
-            batch_size=count * config.batch_size,
-            forget_batch_size=count * config.forget_batch_size,
+            batch_size=math.ceil(factor * config.batch_size),
+            forget_batch_size=math.ceil(factor * config.forget_batch_size),
             micro_batch_size=config.micro_batch_size or -(-pairs // self.ranks.world_size),
         )
 
