@@ -98,7 +98,7 @@ class Job:
         """The settings with the batches of a step, which grow as the root of several concepts.
 
         With the batch of one for four concepts, pairs outside both sets lose twice as much; with
-        four times as many pairs as little as with twice (docs/results.md). They take no more
+        four times as many pairs about as little as with twice (docs/results.md). They take no more
         memory: so many pairs as one concept has are encoded at a time.
         """
         config, factor = self.config, math.sqrt(max(1, len(self.concepts)))
