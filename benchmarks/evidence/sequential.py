@@ -7,10 +7,9 @@ takes for the original. Concepts that are erased later are retain pairs until th
 before are left out, and nothing else is said of them. The subgroups are erased in the given order,
 in the reverse one, each alone, and all at once: as a single forget set, and as a mapping of
 concepts, each of which has a floor and a verdict of its own; with --mapping_only each alone and as
-a mapping. All models of a seed are measured on
-the same sets: retain, neighbours and held-out hold none of the subgroups. --work keeps models and
-measurements, so an interrupted command resumes. Writes sequential.csv, a row per model and set, to
---output, and prints the means over seeds.
+a mapping. All models of a seed are measured on the same sets: retain, neighbours and held-out hold
+none of the subgroups. --work keeps models and measurements, so an interrupted command resumes.
+Writes sequential.csv, a row per model and set, to --output, and prints the means over seeds.
 """
 
 from __future__ import annotations

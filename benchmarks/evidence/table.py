@@ -138,8 +138,9 @@ def beside_retrained(rows: Sequence[Row], method: str) -> str:
     originals = originals_of(rows)
     figures = [
         figure
-        for figure in (*SWAPPED, *RELEARNED, *QUANTISED, *PROMPTED, *MEMBERS)
-        if all(isinstance(row.get(f"{figure.attack} {figure.key}"), float) for row in shown)
+        for figure in ATTACKED
+        if figure not in PROBED
+        and all(isinstance(row.get(f"{figure.attack} {figure.key}"), float) for row in shown)
     ]
     lines: list[dict[str, Any]] = []
     for row in shown:
