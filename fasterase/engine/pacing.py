@@ -242,7 +242,8 @@ class AutomaticPacing(Pacing):
     restored at the end: of forgotten ones those that rest within the margins, with silent towers
     and faded ones first, then those with the least damage; else those that exceed the verdict's
     thresholds least, within `max_damage`. Where the best lie below the margins, weights between the
-    start's and theirs are considered too.
+    start's and theirs are considered too. Of a few pictures they move back in any case: below the
+    margin nothing more can be shown to be forgotten, and others are lost (docs/results.md).
 
     The loss of a link measures from made-up facts, as the margins of the verdict do: it settles
     first, and then lr fades slowly.
@@ -273,6 +274,7 @@ class AutomaticPacing(Pacing):
         self._step = 0
         self._found: Check | None = None  # after the last step
         known, self._best = original
+        self._has_few = all(trace.pairs < LEAST_RANKED for trace in known.traces.values())
         residues = known.residue, known.least_residue
         self._now = _Progress((0, *residues), _rank(known, faded=False), known.least_residue)
         found, self._start = start
@@ -385,7 +387,9 @@ class AutomaticPacing(Pacing):
             self._now.fade_from = None
 
     def _finish(self) -> None:
-        if not self._is_remembered and self._now.best_least < RESTING[0]:
+        if not self._is_remembered and self._has_few and not self._of_link:
+            self._ease_few()
+        elif not self._is_remembered and self._now.best_least < RESTING[0]:
             self._ease()
         self._load(self._best)
         self.is_done = True
@@ -409,17 +413,39 @@ class AutomaticPacing(Pacing):
                 return
 
     def _ease_part(self, best: dict[str, Tensor], names: Collection[str], most: float) -> None:
+        def is_below(found: Check) -> bool:
+            self._consider(found, faded=True)
+            return found.least_residue < RESTING[0]
+
+        self._move_back(best, names, most, is_below)
+
+    def _ease_few(self) -> None:
+        """Move the best weights back as far as residues and hits stay low."""
+        best = self._best
+        self._load(best)
+        whole = self._check()
+
+        def is_low(found: Check) -> bool:
+            if (found.verdict, found.exceeded) != (whole.verdict, whole.exceeded) or any(
+                trace.hit > whole.traces[name].hit or max(trace.lowered) > MARGIN_RESIDUE
+                for name, trace in found.traces.items()
+            ):
+                return False
+            self._best = self._weights()
+            return True
+
+        self._move_back(best, best, MOST_EASED["all"], is_low)
+
+    def _move_back(
+        self, best: dict[str, Tensor], names: Collection[str], most: float, on: Callable[..., bool]
+    ) -> None:
+        """Halve the range of shares of the way to the start, and go `on` from its middle or not."""
         low, high = 0.0, most
         for _ in range(EASE_CHECKS):
             share = (low + high) / 2
             eased = {n: _between(best[n], self._start[n], share) for n in names if n in best}
             self._load({**best, **eased})
-            found = self._check()
-            self._consider(found, faded=True)
-            if found.least_residue < RESTING[0]:
-                low = share
-            else:
-                high = share
+            low, high = (share, high) if on(self._check()) else (low, share)
 
     def _consider(self, found: Check, *, faded: bool) -> None:
         """Take a copy of the weights if they are better than the best so far."""

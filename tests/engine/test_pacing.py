@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fasterase.engine.pacing import (
-    EASE_CHECKS,
     FADE_STEPS,
     LINK_FADE_STEPS,
     LINK_SETTLED_LOSS,
@@ -111,6 +110,7 @@ class Run:
         has_weights: bool = True,
         patience: int = PATIENCE_STEPS,
         of_link: bool = False,
+        original: Check = KNOWN,
     ) -> None:
         self.step = 0
         self.now = 0.0  # the step whose weights the model has
@@ -125,7 +125,7 @@ class Run:
             check=self._check,
             weights=self._weights,
             load=self._load,
-            original=(KNOWN, self._weights()),
+            original=(original, self._weights()),
             start=(None, self._weights()),
             towers={},
             patience=patience,
@@ -430,71 +430,3 @@ class TestAutomatic:
         known = loud.traces["forget"]
         for further in ({}, {"withheld": known}, {"few": replace(known, by_hits=True)}):
             assert silent._replace(traces={**silent.traces, **further}).told == [0]
-
-
-class TestEasing:
-    """Weights that fell below the margin move back along the line to the start's, step 0."""
-
-    @staticmethod
-    def run(least: float, *, gap: float = 0.3) -> tuple[Run, Callable[[float], Check]]:
-        """The only candidate is step 10; residues rise evenly on the way back from it, to 1."""
-
-        def script(step: float) -> Check:
-            if step != 10 and step == int(step):
-                return KNOWN
-            low = least + (1 - step / 10) * (1 - least)
-            return check(min(1.0, low + gap), least=low)
-
-        return Run(script), script
-
-    @pytest.mark.parametrize("least", [0.29, 0.26, 0.22, 0.15])
-    def test_they_rest_at_the_margin(self, least):
-        run, script = self.run(least)
-        run.take()
-        assert len(run.loaded) == EASE_CHECKS + 1
-        assert 7.5 <= run.loaded[-1] < 10
-        assert 0.3 <= script(run.loaded[-1]).least_residue < 0.4
-        assert run.pacing.limit is None
-
-    def test_none_better_leaves_the_best(self):
-        """With the directions further apart than the margins there is no place between them."""
-        run, script = self.run(0.27, gap=0.45)
-        run.take()
-        assert run.loaded[-1] == 10
-        assert script(10).verdict == "forgotten"
-
-    def test_one_tower_moves_where_the_other_one_would_tell(self):
-        """The text tower fell too far; the image tower tells at once if it moves back."""
-        ends = {"image": torch.tensor(10.0), "text": torch.tensor(10.0)}
-        now: dict[str, Tensor] = {}
-
-        def measured() -> Check:
-            low = 0.2 + (10 - float(now["text"])) / 20
-            tells = 1.0 if now["image"] < 10 else 0.0
-            return check(0.4 + low / 2, least=low, towers=(tells, 0.0))
-
-        pacing = AutomaticPacing(
-            Rate(1e-3),
-            check=measured,
-            weights=lambda: dict(now),
-            load=now.update,
-            original=(KNOWN, {}),
-            start=(None, dict.fromkeys(ends, torch.tensor(0.0))),
-            towers={"image": ["image"], "text": ["text"]},
-            max_steps=TOTAL,
-        )
-        for step in range(1, TOTAL + 1):
-            if not pacing.is_done:
-                now.update(ends)
-                pacing.after_step(record(step, 0.8 if step < 3 else 0.1))
-        assert now["image"] == 10
-        assert 7.5 <= now["text"] <= 8
-        assert measured().verdict == "forgotten"
-
-    def test_what_is_still_remembered_is_not_moved(self):
-        run = Run(lambda step: check(0.9, least=0.2)).take()
-        assert len(run.loaded) == 1
-
-    def test_a_rank_without_weights_takes_part_in_every_check(self):
-        run = Run(lambda step: check(0.5, least=0.29), has_weights=False)
-        assert run.take().loaded == [0.0] * (EASE_CHECKS + 1)
