@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip
 APT := on Debian or Ubuntu: apt install git make python3-venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs gpu gpu-wheels test test-all test-scale quick lint style types format clean installed venv
+.PHONY: help demo docs gpu gpu-wheels test test-all test-scale quick everything lint style types format clean installed venv
 
 help:
 	@echo 'make demo     erase a concept from the small CLIP that ships with fasterase, show the result'
@@ -56,8 +56,13 @@ quick:
 	$(call install,$(DEVELOPING))
 	$(PYTEST) -m 'not slow and not scale'
 
-test-all: test
-	$(PYTEST) -m 'slow and not scale'
+everything:
+	$(call install,$(DEVELOPING))
+	$(PYTEST) --no-loadscope-reorder
+
+# In one session: starting a second one costs half a minute. Files with slow tests come first.
+test-all: style
+	@$(MAKE) --no-print-directory -j2 types everything
 
 SCALE_LOG = benchmarks/results/scale.txt
 test-scale:

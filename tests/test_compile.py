@@ -15,12 +15,6 @@ from tests.ops.calls import needs_kernels
 pytestmark = pytest.mark.slow
 
 BACKENDS = [pytest.param("cpu", marks=needs_kernels), "dense"]
-# Without labels "dense" is a part of its graph with them.
-CASES = [
-    pytest.param("cpu", False, marks=needs_kernels),
-    pytest.param("cpu", True, marks=needs_kernels),
-    ("dense", True),
-]
 SIZES = (40, 52, 57)  # from the second on with symbolic sizes
 
 
@@ -46,8 +40,15 @@ def check(function, calls):
             torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize(("backend", "labelled"), CASES)
+# Without both it is what the losses call.
+@pytest.mark.parametrize(
+    ("backend", "labelled", "grouped"),
+    [
+        pytest.param("cpu", False, True, marks=needs_kernels),
+        pytest.param("cpu", True, False, marks=needs_kernels),
+        ("dense", True, True),
+    ],
+)
 def test_contrastive(backend, labelled, grouped):
     def total(*call):
         names = ("ref_image", "ref_text", "ref_scale", "labels", "groups")
@@ -60,8 +61,15 @@ def test_contrastive(backend, labelled, grouped):
     check(total, [(*call, sizes) for call, sizes in zip(calls, groups, strict=True)])
 
 
-@pytest.mark.parametrize("negatives", ["own", "joint"])
-@pytest.mark.parametrize(("backend", "labelled"), CASES)
+@pytest.mark.parametrize(
+    ("backend", "labelled", "negatives"),
+    [
+        pytest.param("cpu", False, "own", marks=needs_kernels),
+        pytest.param("cpu", True, "joint", marks=needs_kernels),
+        ("dense", True, "own"),
+        ("dense", True, "joint"),
+    ],
+)
 def test_erase_loss(backend, negatives, labelled):
     def total(*call):
         *call, labels, n_forget = call

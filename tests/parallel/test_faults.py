@@ -30,8 +30,8 @@ PROMPT_SECONDS = 60.0
 @pytest.mark.parametrize(
     ("name", "rank"),
     [
-        ("SIGTERM", 1),
-        pytest.param("SIGTERM", None, marks=pytest.mark.scale, id="SIGTERM to the launcher"),
+        pytest.param("SIGTERM", 1, marks=pytest.mark.scale),
+        pytest.param("SIGTERM", None, id="SIGTERM to the launcher"),
         pytest.param("SIGUSR1", 0, marks=pytest.mark.scale),
     ],
 )

@@ -53,7 +53,7 @@ def await_mark(job: subprocess.Popen[str], output: Path, *, rank: int = 0) -> No
         pytest.param("opening", 0, marks=pytest.mark.scale),
         ("indexing", 0),
         pytest.param("encoding", 0, marks=pytest.mark.scale),
-        ("loading", 1),
+        pytest.param("loading", 1, marks=pytest.mark.scale),
         pytest.param("loading", 0, marks=pytest.mark.scale),
         ("loading a step", 2),
         pytest.param("a library", 0, marks=pytest.mark.scale),
@@ -87,7 +87,7 @@ def test_sigterm_in_any_phase_of_a_process(inputs, shards, tmp_path, place, work
         pytest.param("encoding", 1, 0, marks=pytest.mark.scale),
         ("loading a step", 1, 0),
         pytest.param("a library", 1, None, marks=pytest.mark.scale),
-        ("measuring", 0, None),
+        pytest.param("measuring", 0, None, marks=pytest.mark.scale),
         pytest.param("saving", 0, 1, marks=pytest.mark.scale),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_second_sigterm_does_not_wait_for_the_step(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("place", "ranks"),
     [
-        ("indexing", 1),
+        pytest.param("indexing", 1, marks=pytest.mark.scale),
         pytest.param("loading", 1, marks=pytest.mark.scale),
         ("loading", 2),
         pytest.param("a library", 2, marks=pytest.mark.scale),

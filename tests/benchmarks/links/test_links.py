@@ -14,7 +14,6 @@ from benchmarks.links import erasing, models
 from benchmarks.links.erasing import Features, Known
 from benchmarks.links.personas import KINDS, SENSITIVE, drawings, make_personas
 from fasterase.demo import emoji
-from fasterase.engine import pacing
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 from tests.marks import SHORT_RUN
@@ -117,7 +116,7 @@ def in_this_process(run, cells, *arguments, **_):
 @SHORT_RUN
 def test_the_command_writes_a_row_per_model_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "STEPS", 2)
-    monkeypatch.setattr(pacing, "MAX_STEPS", 2)
+    monkeypatch.setattr("fasterase.engine.job.MAX_STEPS", 2)
     monkeypatch.setattr(links, "call_all", in_this_process)
     # Relearning trains three models some dozen times each: minutes.
     cheap = {name: keys for name, keys in erasing.ATTACKS.items() if name != "relearn"}
