@@ -34,7 +34,7 @@ from benchmarks.result_files import device_name, group_rows, markdown_table, wri
 from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config, trained_pairs
 from fasterase.demo.sets import build_sets
-from fasterase.engine.pacing import RESTING
+from fasterase.engine.findings import RESTING
 from fasterase.evaluation.verdict import OVER_ERASED_RESIDUE, REMEMBERED_RESIDUE
 from fasterase.files import write_text
 from fasterase.result import UnlearnResult

@@ -13,8 +13,8 @@ from fasterase.engine import baseline
 from fasterase.engine import run as run_module
 from fasterase.engine.baseline import NEAR_SHARE
 from fasterase.engine.damage import Damage, DamageMeter
+from fasterase.engine.findings import RESTING
 from fasterase.engine.job import Draws
-from fasterase.engine.pacing import RESTING
 from fasterase.models.dual_encoder import Tokens
 from tests import digits
 from tests.marks import SHORT_RUN

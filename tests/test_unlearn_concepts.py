@@ -11,10 +11,11 @@ import torch
 
 from fasterase.engine import job as job_module
 from fasterase.engine import run as run_module
+from fasterase.engine.findings import Check
 from fasterase.engine.history import StepRecord
 from fasterase.engine.job import Draws, choose_withheld
 from fasterase.engine.loop import Trainer
-from fasterase.engine.pacing import AutomaticPacing, Check
+from fasterase.engine.pacing import AutomaticPacing
 from fasterase.engine.rates import Rate
 from fasterase.errors import InputError
 from fasterase.evaluation.verdict import Trace

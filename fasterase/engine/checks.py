@@ -11,9 +11,9 @@ from torch import Tensor
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.engine.baseline import Baseline
 from fasterase.engine.damage import Damage
+from fasterase.engine.findings import Check
 from fasterase.engine.job import Job
 from fasterase.engine.optim import Trained
-from fasterase.engine.pacing import Check
 from fasterase.evaluation.hurt import Outside, encode_things
 from fasterase.evaluation.metrics import TOWER_HITS
 from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise

@@ -10,24 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
+from fasterase.engine.findings import LEAST_RESIDUE, RANKS, RESTING, Check
 from fasterase.engine.history import StepRecord
 from fasterase.engine.rates import Rate
 from fasterase.evaluation.placebo import MARGIN_RESIDUE
-from fasterase.evaluation.verdict import (
-    FORGOTTEN,
-    LEAST_RANKED,
-    OVER_ERASED,
-    REMEMBERED,
-    TOWER_HIT,
-    UNDECIDED,
-    WITHHELD,
-    Trace,
-    decide,
-)
+from fasterase.evaluation.verdict import REMEMBERED, Trace
 
 # Steps between checks of the verdict, which begin once the loss is this share of its first value.
 # There are fewer where a residue, at its pace, would soon pass a margin.
@@ -37,21 +28,9 @@ CHECKED_LOSS = 0.6
 LINK_SETTLED_LOSS = 0.15
 # A run waits for more than the verdict until that has not fallen by a tenth in so many steps.
 PATIENCE_STEPS, LONG_PATIENCE_STEPS, NOTICED_FALL = 30, 60, 0.9
-# lr fades once the residue is at most `MARGIN_RESIDUE` and images are won hardly more often than by
-# chance: fading and unseen pictures need a margin below the verdict's own thresholds.
-MARGIN_HIT = 0.05
-# ... and neither tower, beside the original's other one, wins more of a set's images than this; in
-# the mean of retrained models (benchmarks/evidence) the image tower wins 9 %. A fade may bring some
-# back, and is better all the same.
-TOLD_HIT, TOLD_AGAIN = 0.1, 0.05
 FADE_STEPS = 20
 # ... of a link, of which more goes meanwhile: in benchmarks/links residues fell from .85 to .79.
 LINK_FADE_STEPS = 100
-# Waiting ends below this residue, before it leads to "over-erased".
-LEAST_RESIDUE = 0.35
-# Residues at which final weights may rest: the verdict's thresholds with a margin, for other pairs
-# and other processors.
-RESTING = (0.3, 0.7)
 # Weights below them are moved back towards the start by at most this share, found by halving: all
 # of them or, where one tower then tells too much, those of one tower.
 MOST_EASED = {"all": 0.25, "text": 0.5, "image": 0.5}
@@ -64,102 +43,6 @@ MAX_FADES = 3
 SLOW_WEIGHT = 2.0
 # Steps of an automatic run, or one pass over the forget set if that is more.
 MAX_STEPS = 400
-
-
-class Check(NamedTuple):
-    """A measurement in the middle of a run."""
-
-    traces: Mapping[str, Trace]  # set to forget -> what is left of it
-    damage: float  # share of recall@1 lost on retain pairs
-    exceeded: bool  # whether that is above `max_damage`, beyond chance
-    trained: Mapping[str, Trace] = MappingProxyType({})  # `traces` without withheld pairs, if any
-
-    @property
-    def verdict(self) -> str:
-        return decide(self.traces) or REMEMBERED
-
-    def findings(self) -> dict[str, float]:
-        """Return what the history keeps of it."""
-        residues = {"residue": self.residue, "least_residue": self.least_residue}
-        return {**(residues if self._residues else {}), "damage": self.damage}
-
-    @property
-    def _residues(self) -> list[float]:
-        return [each for t in self._ranked for each in t.lowered]
-
-    @property
-    def _ranked(self) -> list[Trace]:
-        """The traces whose residues and few hits say something."""
-        return [trace for trace in self.traces.values() if not trace.by_hits]
-
-    @property
-    def residue(self) -> float:
-        """The largest residue of a direction; 0 if no set was ever known."""
-        return max(self._residues, default=0.0)
-
-    @property
-    def least_residue(self) -> float:
-        """The smallest residue of a direction; 1 if no set was ever known."""
-        return min(self._residues, default=1.0)
-
-    @property
-    def excess(self) -> float:
-        """How far what is left is above the verdict's thresholds, of all of them together."""
-        known = max((t.known_beyond for t in self._ranked), default=0.0)
-        towers = sum(
-            max(low - TOWER_HIT, 0.0) for t in self._ranked for _, low in t.towers.values()
-        )
-        hits = sum(max(t.hit_low - t.harmless_hit, 0.0) for t in self.traces.values())
-        return known + towers + hits
-
-    @property
-    def beyond_rest(self) -> float:
-        """How far the worst residue of a direction is outside `RESTING`."""
-        return max(RESTING[0] - self.least_residue, self.residue - RESTING[1], 0.0)
-
-    @property
-    def lacks_withheld_alone(self) -> bool:
-        """Whether all is low enough, but the withheld pairs are still remembered."""
-        others = {n: trace for n, trace in self.traces.items() if n != WITHHELD}
-        rest = Check({**others, **self.trained}, self.damage, self.exceeded)
-        return bool(self.trained) and rest.is_low and self.verdict == REMEMBERED
-
-    @property
-    def is_indecisive(self) -> bool:
-        """Whether too many images are still won to be sure, of a set that has enough of them."""
-        return any(trace.could_decide for trace in self.traces.values())
-
-    @property
-    def is_low(self) -> bool:
-        """Whether the traces are below the verdict's thresholds, residues by a margin.
-
-        If one direction has already fallen far, further training would push it below its margin.
-        """
-        margin = MARGIN_RESIDUE if self.least_residue > LEAST_RESIDUE else RESTING[1]
-        return self.verdict != REMEMBERED and self.residue <= margin
-
-    @property
-    def is_safely_forgotten(self) -> bool:
-        """Whether all traces are below the thresholds, and those of drawn pairs by a margin.
-
-        Withheld pairs would take the whole budget for it.
-        """
-        given = {**self.traces, **self.trained}.values()
-        return self.is_low and all(
-            trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in given if not trace.by_hits
-        )
-
-    @property
-    def told(self) -> list[float]:
-        """How much more of each set the towers give away than they may, beside the original's.
-
-        Withheld pairs do not count, nor do sets of so few images that one or two would decide.
-        """
-        return [
-            sum(max(hit - max(TOLD_HIT, 1.5 * t.chance), 0.0) for hit, _ in t.towers.values())
-            for name, t in {**self.traces, **self.trained}.items()
-            if name != WITHHELD and not t.by_hits and t.pairs >= LEAST_RANKED
-        ]
 
 
 class Pacing:
@@ -219,7 +102,7 @@ class _Progress:
     """How far an automatic run has come."""
 
     last: tuple[int, float, float]  # step of the last check, its largest and smallest residue
-    best_rank: list[float]  # of the best weights, see `_rank`
+    best_rank: list[float]  # of the best weights, see `Check.rank`
     best_least: float  # their smallest residue
     lowest: tuple[int, float] | None = None  # what is waited for fell last: step, what is left
     next_check: int = 0  # a step, if no check is due before
@@ -274,9 +157,9 @@ class AutomaticPacing(Pacing):
         self._step = 0
         self._found: Check | None = None  # after the last step
         known, self._best = original
-        self._has_few = all(trace.pairs < LEAST_RANKED for trace in known.traces.values())
+        self._has_few = known.has_few and not of_link
         residues = known.residue, known.least_residue
-        self._now = _Progress((0, *residues), _rank(known, faded=False), known.least_residue)
+        self._now = _Progress((0, *residues), known.rank(faded=False), known.least_residue)
         found, self._start = start
         if found is not None:
             self._consider(found, faded=False)
@@ -387,9 +270,9 @@ class AutomaticPacing(Pacing):
             self._now.fade_from = None
 
     def _finish(self) -> None:
-        if not self._is_remembered and self._has_few and not self._of_link:
+        if not self._is_remembered and self._has_few:
             self._ease_few()
-        elif not self._is_remembered and self._now.best_least < RESTING[0]:
+        if not self._is_remembered and self._now.best_least < RESTING[0]:
             self._ease()
         self._load(self._best)
         self.is_done = True
@@ -426,12 +309,9 @@ class AutomaticPacing(Pacing):
         whole = self._check()
 
         def is_low(found: Check) -> bool:
-            if (found.verdict, found.exceeded) != (whole.verdict, whole.exceeded) or any(
-                trace.hit > whole.traces[name].hit or max(trace.lowered) > MARGIN_RESIDUE
-                for name, trace in found.traces.items()
-            ):
+            if not found.keeps_low(whole):
                 return False
-            self._best = self._weights()
+            self._best, self._now.best_least = self._weights(), found.least_residue
             return True
 
         self._move_back(best, best, MOST_EASED["all"], is_low)
@@ -451,7 +331,7 @@ class AutomaticPacing(Pacing):
         """Take a copy of the weights if they are better than the best so far."""
         self._now.has_exceeded |= found.exceeded
         waits = self._patience > 0 and not self._of_link
-        rank = _rank(found, faded=faded, waits=waits)
+        rank = found.rank(faded=faded, waits=waits)
         if rank < self._now.best_rank:
             self._now.best_rank, self._best = rank, self._weights()
             self._now.best_least = found.least_residue
@@ -479,22 +359,3 @@ def _slowness(trace: Trace) -> float:
 
 def _between(tensor: Tensor, start: Tensor, share: float) -> Tensor:
     return tensor.lerp(start, share) if tensor.is_floating_point() else tensor
-
-
-# Ranks of verdicts among the candidates for the best weights.
-RANKS = {
-    verdict: rank for rank, verdict in enumerate((FORGOTTEN, UNDECIDED, OVER_ERASED, REMEMBERED))
-}
-
-
-def _rank(found: Check, *, faded: bool, waits: bool = True) -> list[float]:
-    """Return what orders candidates for the best weights, the smallest first."""
-    if found.verdict == REMEMBERED:
-        order = [found.excess, found.beyond_rest, found.damage]
-    elif found.verdict == OVER_ERASED:
-        order = [found.damage]
-    else:
-        tells = int(waits and max(found.told, default=0.0) > TOLD_AGAIN)
-        rest = found.beyond_rest, tells, int(not faded), found.damage
-        order = [int(found.is_indecisive), *rest]
-    return [int(found.exceeded), RANKS[found.verdict], *order]

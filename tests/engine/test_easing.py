@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasterase.engine.pacing import EASE_CHECKS, AutomaticPacing, Check
+from fasterase.engine.findings import Check
+from fasterase.engine.pacing import EASE_CHECKS, AutomaticPacing
 from fasterase.engine.rates import Rate
 from tests.engine.test_pacing import KNOWN, TOTAL, Run, check
 from tests.engine.test_rates import record
@@ -19,22 +20,27 @@ class TestEasing:
     """Weights that fell below the margin move back along the line to the start's, step 0."""
 
     @staticmethod
-    def run(least: float, *, gap: float = 0.3) -> tuple[Run, Callable[[float], Check]]:
+    def run(
+        least: float, *, gap: float = 0.3, images: int = 50
+    ) -> tuple[Run, Callable[[float], Check]]:
         """The only candidate is step 10; residues rise evenly on the way back from it, to 1."""
 
         def script(step: float) -> Check:
             if step != 10 and step == int(step):
                 return KNOWN
             low = least + (1 - step / 10) * (1 - least)
-            return check(min(1.0, low + gap), least=low)
+            return check(min(1.0, low + gap), least=low, images=images)
 
-        return Run(script), script
+        return Run(script, original=check(1.0, images=images)), script
 
     @pytest.mark.parametrize("least", [0.29, 0.26, 0.22, 0.15])
-    def test_they_rest_at_the_margin(self, least):
-        run, script = self.run(least)
+    @pytest.mark.parametrize("images", [11, 50])
+    def test_they_rest_at_the_margin(self, least, images):
+        """A few images too, whose higher residue is at its own margin before that."""
+        run, script = self.run(least, gap=0.38 if images == 11 else 0.3, images=images)
         run.take()
-        assert len(run.loaded) == EASE_CHECKS + 1
+        few = EASE_CHECKS + 1 if images == 11 else 0
+        assert len(run.loaded) == EASE_CHECKS + 1 + few
         assert 7.5 <= run.loaded[-1] < 10
         assert 0.3 <= script(run.loaded[-1]).least_residue < 0.4
         assert run.pacing.limit is None
@@ -100,6 +106,24 @@ class TestEasing:
         run = Run(lambda step: check(0.9, least=0.2)).take()
         assert len(run.loaded) == 1
 
-    def test_a_rank_without_weights_takes_part_in_every_check(self):
-        run = Run(lambda step: check(0.5, least=0.29), has_weights=False)
-        assert run.take().loaded == [0.0] * (EASE_CHECKS + 1)
+    @pytest.mark.parametrize(("images", "loads"), [(50, EASE_CHECKS + 1), (11, EASE_CHECKS + 2)])
+    def test_a_rank_without_weights_takes_part_in_every_check(self, images, loads):
+        least = 0.5 if images == 11 else 0.29
+        found, known = check(0.5, least=least, images=images), check(1.0, images=images)
+        run = Run(lambda step: found, has_weights=False, original=known)
+        assert run.take().loaded == [0.0] * loads
+
+    @pytest.mark.parametrize(
+        ("images", "before", "hit", "holds"),
+        [(2, 0.0, 1.0, True), (4, 0.0, 0.5, True), (4, 0.0, 0.75, False), (4, 0.75, 0.75, True)],
+    )
+    def test_of_a_few_images_a_tower_may_win_some_but_not_nearly_tell(
+        self, images, before, hit, holds
+    ):
+        """All of four would tell, and nothing is told by two."""
+        whole, found = (
+            Check({"forget": replace(trace, towers={"image": (share, 0.0)})}, 0.0, False)
+            for trace in [check(0.5, images=images).traces["forget"]]
+            for share in (before, hit)
+        )
+        assert found.keeps_low(whole) == holds
