@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fasterase
-from fasterase.engine import pacing, run
+from fasterase.engine import findings, run
 from fasterase.engine.baseline import Baseline
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.evaluation.verdict import REMEMBERED
@@ -123,9 +123,12 @@ def test_a_run_that_ends_at_the_original_gives_the_words_back(tmp_path, monkeypa
     """Also when a finished run is continued: the checkpoint has them."""
     monkeypatch.setattr(Baseline, "is_never_known", False)
     monkeypatch.setattr("fasterase.engine.job.MAX_STEPS", 2)
-    ranks = itertools.count()
-    worse = pacing.RANKS[REMEMBERED]
-    monkeypatch.setattr(pacing, "_rank", lambda *_, **__: [next(ranks), worse])  # the first is best
+    ranks, worse = itertools.count(), findings.RANKS[REMEMBERED]
+
+    def rank(*_: object, **__: object) -> list[int]:
+        return [next(ranks), worse]  # the first is best
+
+    monkeypatch.setattr(findings.Check, "rank", rank)
     settings = {"lr": "auto", "max_steps": None, "output_dir": str(tmp_path)}
     for resume in ("auto", "must"):
         model = small_models.open_clip_vit()
