@@ -60,7 +60,7 @@ everything:
 	$(call install,$(DEVELOPING))
 	$(PYTEST) --no-loadscope-reorder
 
-# In one session: starting a second one costs half a minute. Files with slow tests come first.
+# In one session, since a second one would import everything again. Files with slow tests come first.
 test-all: style
 	@$(MAKE) --no-print-directory -j2 types everything
 

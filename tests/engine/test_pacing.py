@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fasterase.engine.findings import Check
 from fasterase.engine.pacing import (
     FADE_STEPS,
     LINK_FADE_STEPS,
@@ -19,7 +20,6 @@ from fasterase.engine.pacing import (
     LONG_PATIENCE_STEPS,
     PATIENCE_STEPS,
     AutomaticPacing,
-    Check,
     Pacing,
 )
 from fasterase.engine.rates import (
